@@ -1,0 +1,3 @@
+"""(being written)"""
+def why_not(primitive, *tensors):
+    return "not built"

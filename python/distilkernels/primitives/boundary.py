@@ -1,0 +1,86 @@
+"""Where eager calls may skip the ``torch.library`` boundary, and checks that every primitive shares."""
+
+from __future__ import annotations
+
+import math
+import mmap
+
+import numpy as np
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def plain_eager(*tensors: torch.Tensor | None) -> bool:
+    """True where nothing traces or intercepts: no compile, no dispatch or functorch mode, no tensor subclass.
+
+    A call through a registered op with an autograd formula costs about 60 µs more than an autograd.Function.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(t) in _PLAIN for t in tensors if t is not None)
+    )
+
+
+def rows_of(logits: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] as a view [O, I, V] whose last stride is 1: kernels take two row strides.
+
+    So ``logits[:, :-1]`` is read in place. Only layouts that two strides cannot describe are copied.
+    """
+    *lead, vocab = logits.shape
+    if logits.stride(-1) != 1 and vocab > 1:
+        logits = logits.contiguous()
+    if plain_eager(logits):
+        for split in range(len(lead) + 1):
+            try:
+                return logits.view(math.prod(lead[:split]), math.prod(lead[split:]), vocab)
+            except RuntimeError:
+                continue
+    return logits.reshape(1, -1, vocab)
+
+
+def checked_ids(ids: torch.Tensor, lead: tuple[int, ...], vocab_size: int, device: torch.device, name: str = "ids") -> torch.Tensor:
+    """Ids [..., K] as a contiguous [N, K]; errors name the argument, and on a CPU the row and the id out of range."""
+    if not isinstance(ids, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64; got {ids.dtype}")
+    if ids.device != device:
+        raise ValueError(f"{name} must be on {device}, where the logits are; got {ids.device}")
+    if ids.dim() == 0 or tuple(ids.shape[:-1]) != tuple(lead):
+        raise ValueError(f"{name} must have shape {(*lead, 'K')} to match the logits' rows; got {tuple(ids.shape)}")
+    k = ids.shape[-1]
+    if k > vocab_size:
+        raise ValueError(f"{name} has K = {k} entries a row, more than the {vocab_size} columns of the logits")
+    ids = ids.reshape(-1, k).contiguous()
+    if device.type == "cpu" and ids.numel() and plain_eager(ids):
+        check_range(ids, vocab_size, name)
+    return ids
+
+
+def check_range(ids: torch.Tensor, vocab_size: int, name: str = "ids") -> None:
+    """ValueError with the first row and id outside [-1, vocab_size). Reads the values: on a GPU this waits for it."""
+    low, high = ids.aminmax()
+    if low < -1 or high >= vocab_size:
+        row, slot = ((ids < -1) | (ids >= vocab_size)).nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {slot}] is {int(ids[row, slot])}; ids must be in [0, {vocab_size}) or -1 for an empty slot")
+
+
+def without_duplicates(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Ids [N, K] with every repetition after the first, and everything out of range, replaced by −1."""
+    ordered, order = ids.sort(dim=-1, stable=True)
+    repeated = torch.zeros_like(ordered, dtype=torch.bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    invalid = torch.empty_like(repeated).scatter_(1, order, repeated) | (ids < 0) | (ids >= vocab_size)
+    return ids.masked_fill(invalid, -1)
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages exist only once they are written: calloc on a CPU, an ordinary fill elsewhere."""
+    count = math.prod(shape)
+    if device.type != "cpu" or count * dtype.itemsize < 16 * mmap.PAGESIZE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    integer = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(count, integer)).view(dtype).view(shape)

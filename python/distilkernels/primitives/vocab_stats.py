@@ -1,0 +1,461 @@
+"""``vocab_stats``: everything that a loss, a signal or an acceptance test needs to know of a row of logits.
+
+Notation of the package: z the transformed logits of a row (see :class:`~.head.Head`), q = softmax(z), S the row's ids.
+Whatever is built on the statistics, the gradient is one formula (:func:`dense_coefficients`), so kernels
+never learn which loss they serve:
+
+    dz_v = e^{d_v}·(A + B·d_v) + C·[z_v finite] + D·e^{T·z_v − lse_t1},   d_v = z_v − ref,       v ∉ S
+
+and K exact entries on S, which plain PyTorch computes from the gathered logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from .boundary import checked_ids, lazy_zeros, plain_eager, rows_of, without_duplicates
+from .head import Head
+
+
+class VocabStats(NamedTuple):
+    """Statistics of rows of transformed logits z; a field that was not asked for is None. Natural logs throughout.
+
+    ========================== ==================================================================================
+    ``lse`` [...]              log Σ exp z_v
+    ``gathered`` [..., K]      z at the ids; −inf for an empty slot, a repeated id or a masked column
+    ``tail_lse`` [...]         log Σ over v ∉ S of exp z_v, summed directly; −inf where S covers every valid column
+    ``expected_logit`` [...]   μ = Σ q_v z_v (0·−inf = 0); the entropy is lse − μ
+    ``logit_sum`` [...]        Σ z_v over finite entries; their number is ``finite_count`` [...] int64
+    ``lse_t1`` [...]           the log-sum-exp at temperature 1, log Σ exp(T·z_v), whatever the temperature T of z
+    ``max``, ``argmax`` [...]  the largest z and its lowest id (int64); not differentiable
+    ``rank`` [..., K]          #{v : z_v > z at the id} (int64), −1 for an empty slot; not differentiable
+    ``mass_above`` [..., K]    Σ q_v over those v, NaN for an empty slot; not differentiable
+    ========================== ==================================================================================
+
+    A row with a NaN has NaN statistics, and −1 for argmax and rank.
+    """
+
+    lse: Tensor | None = None
+    gathered: Tensor | None = None
+    tail_lse: Tensor | None = None
+    expected_logit: Tensor | None = None
+    logit_sum: Tensor | None = None
+    finite_count: Tensor | None = None
+    lse_t1: Tensor | None = None
+    max: Tensor | None = None
+    argmax: Tensor | None = None
+    rank: Tensor | None = None
+    mass_above: Tensor | None = None
+
+    @property
+    def entropy(self) -> Tensor:
+        """H(q) = lse − μ in nats."""
+        if self.lse is None or self.expected_logit is None:
+            raise ValueError('entropy needs want=("lse", "expected_logit")')
+        return self.lse - self.expected_logit
+
+    @property
+    def logprobs(self) -> Tensor:
+        """log q at the ids, [..., K]."""
+        if self.lse is None or self.gathered is None:
+            raise ValueError('logprobs needs want=("lse", "gathered")')
+        return self.gathered - self.lse.unsqueeze(-1)
+
+
+WANTS = tuple(name for name in VocabStats._fields if name != "finite_count")
+_NEEDS_IDS = ("gathered", "tail_lse", "rank", "mass_above")
+_PER_SLOT = ("gathered", "rank", "mass_above")
+_INTEGER = ("finite_count", "argmax", "rank")
+_DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
+
+
+def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
+    """The requested names in canonical order; ValueError for an unknown one or one that lacks its ids."""
+    want = (want,) if isinstance(want, str) else tuple(want)
+    unknown = [name for name in want if name not in WANTS]
+    if unknown:
+        raise ValueError(f"want has unknown statistics {unknown}; known: {', '.join(WANTS)}")
+    missing = [name for name in want if name in _NEEDS_IDS and not has_ids]
+    if missing:
+        raise ValueError(f"want={missing} needs ids; got ids=None")
+    return tuple(name for name in WANTS if name in want)
+
+
+def _computed(want: tuple[str, ...], has_ids: bool) -> tuple[str, ...]:
+    """What the kernel computes for `want`: also what the backward of it will need."""
+    names = set(want)
+    if names & {"tail_lse", "expected_logit", "mass_above"}:
+        names.add("lse")
+    if has_ids and names & set(_DIFFERENTIABLE):
+        names.add("gathered")
+    if "logit_sum" in names:
+        names.add("finite_count")
+    return tuple(name for name in VocabStats._fields if name in names)
+
+
+def row_dtype(device: torch.device) -> torch.dtype:
+    """Row statistics are kept in double: N numbers, and a float lse would limit the gradient to 4.5e-7 relative."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _allocate(logits: Tensor, ids: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    n = logits.shape[0] * logits.shape[1]
+    slot_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    out = {}
+    for name in names:
+        shape = (n, ids.shape[1]) if name in _PER_SLOT else (n,)
+        dtype = torch.int64 if name in _INTEGER else slot_dtype if name in _PER_SLOT else row_dtype(logits.device)
+        out[name] = torch.empty(shape, dtype=dtype, device=logits.device)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+def gather_logits(logits: Tensor, ids: Tensor, head: Head) -> Tensor:
+    """z at distinct `ids` [N, K] of `logits` [O, I, V]; −inf at −1 and on masked columns. O(N·K): V is not touched."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    index = ids.clamp(min=0).long().view(logits.shape[0], logits.shape[1], -1)
+    z = head._replace(valid_vocab=None).apply(logits.gather(2, index).to(dtype)).view(ids.shape)
+    return z.masked_fill((ids < 0) | (ids >= head.columns(logits.shape[2])), -math.inf)
+
+
+def reference(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, head: Head, out: dict[str, Tensor]) -> None:
+    """Writes the statistics named by `out`'s keys. The definition, in fp64 for fp64 logits and fp32 otherwise.
+
+    logits [O, I, V] with last stride 1; ids [N, K] contiguous, N = O·I; `thresholds` [N, K] replaces the gathered z
+    in rank and mass_above (vocabulary-parallel rows know them before this rank's columns are read).
+    """
+    vocab = logits.shape[2]
+    raw = logits.reshape(-1, vocab)
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    z = head.apply(raw)
+    bad = z.isnan().any(-1)
+    values: dict[str, Tensor] = {"lse": z.logsumexp(-1)}
+    finite = z.isfinite()
+    if "expected_logit" in out:
+        values["expected_logit"] = ((z - values["lse"][:, None]).exp() * z.masked_fill(z == -math.inf, 0)).sum(-1)
+    if "logit_sum" in out:
+        values["logit_sum"] = torch.where(finite, z, 0.0).sum(-1).masked_fill(bad, math.nan)
+        values["finite_count"] = finite.sum(-1)
+    if "lse_t1" in out:
+        values["lse_t1"] = head.apply(raw, temperature=1.0).logsumexp(-1)
+    if "max" in out or "argmax" in out:
+        values["max"] = z.amax(-1)
+        # torch.argmax may return any of several equal maxima
+        lowest = (z == values["max"][:, None]).int().argmax(-1)
+        values["argmax"] = lowest.masked_fill(bad, -1)
+    if ids is not None:
+        distinct = without_duplicates(ids, vocab)
+        gathered = gather_logits(logits, distinct, head)
+        values["gathered"] = gathered.masked_fill(bad[:, None] & (distinct >= 0), math.nan)
+        if "tail_lse" in out:
+            outside = torch.cat([z, z.new_empty(z.shape[0], 1)], -1)
+            outside = outside.scatter_(1, torch.where(distinct < 0, vocab, distinct).long(), -math.inf)[:, :vocab]
+            values["tail_lse"] = outside.logsumexp(-1).masked_fill(bad, math.nan)
+        if "rank" in out or "mass_above" in out:
+            bar = gathered if thresholds is None else thresholds
+            q = (z - values["lse"][:, None]).exp()
+            rank, above = torch.empty_like(bar, dtype=torch.int64), torch.empty_like(bar)
+            for slot in range(ids.shape[1]):
+                higher = z > bar[:, slot, None]
+                rank[:, slot] = higher.sum(-1)
+                above[:, slot] = torch.where(higher, q, 0.0).sum(-1)
+            values["rank"] = rank.masked_fill((distinct < 0) | bad[:, None], -1)
+            values["mass_above"] = above.masked_fill((distinct < 0) | bad[:, None], math.nan)
+    for name, target in out.items():
+        target.copy_(values[name])
+
+
+def reference_backward(
+    logits: Tensor, ids: Tensor | None, entries: Tensor | None, coef: Tensor, terms: tuple[str, ...], head: Head, out: Tensor
+) -> None:
+    """Writes d logits: the dense formula of the module's page times dz/dx, then `entries` at `ids`.
+
+    coef fp64 [N, 6] holds ref, A, B, C, D, lse_t1; `terms` names which of "linear" (B), "constant" (C), "t1" (D) can be
+    nonzero. A row with A = B = C = D = 0 is written as zeros whatever it holds, NaN included. ids [N, K] are distinct
+    where not negative (others are skipped); entries [N, K] are d x, not d z. `out` [O, I, V] may be `logits` itself.
+    """
+    vocab = logits.shape[2]
+    raw = logits.reshape(-1, vocab)
+    raw = raw if raw.dtype == torch.float64 else raw.float()
+    z = head.apply(raw)
+    ref, a, b, c, d, lse_t1 = coef.unsqueeze(-1).unbind(1)
+    distance = (z - ref).to(z.dtype)
+    weight = distance.exp()
+    grad = weight * a
+    if "linear" in terms:
+        grad = grad + weight * (b * distance.masked_fill(distance == -math.inf, 0))
+    if "constant" in terms:
+        grad = grad + c * z.isfinite()
+    if "t1" in terms:
+        grad = grad + d * (head.apply(raw, temperature=1.0) - lse_t1).exp()
+    grad = grad * head.chain(z)
+    grad = torch.where((a == 0) & (b == 0) & (c == 0) & (d == 0), 0.0, grad)
+    if head.valid_vocab is not None:
+        grad[:, head.valid_vocab :] = 0
+    if ids is not None:
+        inside = torch.where(ids < 0, vocab, ids).long()
+        grad = torch.cat([grad, grad.new_empty(grad.shape[0], 1)], -1).scatter_(1, inside, entries.to(grad.dtype))[:, :vocab]
+    out.copy_(grad.view(out.shape))
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+
+
+def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: Tensor | None, head: Head):
+    """(ids, entries, coef, terms) of the backward kernel from the gradients of the statistics.
+
+    On tail entries the reference point is tail_lse, not lse: e^{z − tail_lse} ≤ 1 there, so no coefficient overflows
+    when the tail is tiny. Products with a zero upstream gradient are zero even where the row holds NaN.
+    """
+    upstream = next(iter(grads.values()))
+    zero = upstream.new_zeros(upstream.shape[0], dtype=row_dtype(upstream.device))
+    g = {name: grads.get(name) for name in _DIFFERENTIABLE}
+    g_lse, g_mu, tail = g["lse"], g["expected_logit"], g["tail_lse"]
+    lse, mu = stats.get("lse", zero), stats.get("expected_logit")
+
+    def of_softmax(at: Tensor) -> Tensor:
+        """The factor of q_v at an entry whose z is `at` ([N] or [N, K])."""
+        wide = (lambda t: t) if at.dim() == 1 else (lambda t: t.unsqueeze(-1))
+        factor = torch.zeros_like(at) if g_lse is None else wide(g_lse).expand_as(at)
+        return factor if g_mu is None else factor + torch.where(wide(g_mu) == 0, 0.0, wide(g_mu) * (1 + at - wide(mu)))
+
+    if tail is None:
+        ref, a, b = lse, of_softmax(lse), zero if g_mu is None else g_mu
+    else:
+        tail_lse = stats["tail_lse"]
+        covered = tail_lse == -math.inf
+        ref = torch.where(covered, lse, tail_lse)
+        q_tail = (tail_lse - lse).exp()
+        dense = of_softmax(ref)
+        a = torch.where(covered, 0.0, tail) + torch.where(dense == 0, 0.0, q_tail * dense)
+        b = zero if g_mu is None else torch.where(g_mu == 0, 0.0, q_tail * g_mu)
+    c = zero if g["logit_sum"] is None else g["logit_sum"]
+    d = zero if g["lse_t1"] is None else g["lse_t1"] * head.temperature
+    lse_t1 = zero if g["lse_t1"] is None else stats["lse_t1"]
+    coef = torch.stack([ref, a, b, c, d, lse_t1], 1).to(zero.dtype)
+    terms = tuple(
+        term for term, of in (("linear", g_mu), ("constant", g["logit_sum"]), ("t1", g["lse_t1"])) if of is not None
+    )
+    if ids is None:
+        return None, None, coef, terms
+
+    z = stats["gathered"].to(zero.dtype)
+    # entries at −inf get no gradient: empty slots, repeated ids and masked columns are skipped by the kernel
+    ids = ids.masked_fill(stats["gathered"] == -math.inf, -1)
+    at = z.masked_fill(z == -math.inf, 0)
+    factor = of_softmax(at)
+    entries = torch.where(factor == 0, 0.0, (at - lse[:, None]).exp() * factor)
+    if g["gathered"] is not None:
+        entries = entries + g["gathered"]
+    if g["logit_sum"] is not None:
+        entries = entries + c[:, None]
+    if g["lse_t1"] is not None:
+        entries = entries + torch.where(d[:, None] == 0, 0.0, d[:, None] * (at * head.temperature - lse_t1[:, None]).exp())
+    chain = head.chain(at)
+    # a slope that is NaN belongs to a NaN row: where nothing is asked of it, it gives nothing
+    entries = entries * chain if isinstance(chain, float) else torch.where(entries == 0, 0.0, entries * chain)
+    return ids, entries.to(stats["gathered"].dtype), coef, terms
+
+
+def _forward(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: tuple[str, ...], head: Head, backend: str | None):
+    if names == ("gathered",):
+        return {"gathered": gather_logits(logits, without_duplicates(ids, logits.shape[2]), head)}
+    launch = resolve("vocab_stats", logits, ids, backend=backend)
+    out = _allocate(logits, ids, names)
+    if logits.numel():
+        launch(logits, ids, thresholds, head, out)
+    return out
+
+
+def _backward(logits: Tensor, ids, entries, coef: Tensor, terms, head: Head, backend: str | None, sparse: bool, inplace: bool) -> Tensor:
+    """d logits [O, I, V]; `sparse`: nothing but the entries can be nonzero, so the vocabulary axis is not read."""
+    if sparse:
+        out = logits.zero_() if inplace else lazy_zeros(tuple(logits.shape), logits.dtype, logits.device)
+        slots = (*logits.shape[:2], ids.shape[1])
+        # an addition, so that a skipped slot may aim at column 0 with a zero
+        return out.scatter_add_(2, ids.clamp(min=0).long().view(slots), entries.masked_fill(ids < 0, 0).to(out.dtype).view(slots))
+    out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.numel():
+        resolve("vocab_stats_backward", logits, ids, backend=backend)(logits, ids, entries, coef, terms, head, out)
+    return out
+
+
+def _save(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor]) -> None:
+    saved = [name for name in ("lse", "gathered", "tail_lse", "expected_logit", "lse_t1") if name in outputs]
+    ctx.save_for_backward(logits, ids, *(outputs[name] for name in saved))
+    ctx.saved_names, ctx.names, ctx.head, ctx.backend, ctx.inplace = saved, names, head, backend, inplace
+
+
+def _grad_of_logits(ctx, grads, launch) -> Tensor | None:
+    logits, ids, *saved = ctx.saved_tensors
+    grads = {name: g for name, g in zip(ctx.names, grads) if g is not None and name in _DIFFERENTIABLE}
+    if not grads:
+        return None
+    ids, entries, coef, terms = dense_coefficients(dict(zip(ctx.saved_names, saved)), grads, ids, ctx.head)
+    sparse = set(grads) == {"gathered"}
+    return launch(logits, ids, entries, coef, terms, ctx.head, ctx.backend, sparse, ctx.inplace)
+
+
+_TWICE = "vocab_stats has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead"
+
+
+class _Once(torch.autograd.Function):
+    """Identity whose own derivative is refused with a sentence."""
+
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_TWICE)
+
+
+class _VocabStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids, thresholds, names, head, backend, inplace):
+        outputs = _forward(logits, ids, thresholds, names, head, backend)
+        _save(ctx, logits, ids, names, head, backend, inplace, outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in _DIFFERENTIABLE))
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        twice = torch.is_grad_enabled()
+        with torch.no_grad():
+            grad = _grad_of_logits(ctx, grads, _backward)
+            if grad is not None and ctx.inplace:
+                torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+                grad = grad.detach()
+        if twice and grad is not None:
+            grad = _Once.apply(grad.requires_grad_())
+        return grad, None, None, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------- torch.library
+
+
+def _head_of(temperature, logit_scale, softcap, valid_vocab) -> Head:
+    return Head(temperature, logit_scale, softcap, valid_vocab)
+
+
+@torch.library.custom_op("distilkernels::vocab_stats", mutates_args=())
+def _op(
+    logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: str,
+    temperature: float, logit_scale: float, softcap: float | None, valid_vocab: int | None, backend: str | None,
+) -> list[Tensor]:  # fmt: skip
+    head = _head_of(temperature, logit_scale, softcap, valid_vocab)
+    return list(_forward(logits, ids, thresholds, tuple(names.split(",")), head, backend).values())
+
+
+@_op.register_fake
+def _(logits, ids, thresholds, names, temperature, logit_scale, softcap, valid_vocab, backend):
+    return list(_allocate(logits, ids, tuple(names.split(","))).values())
+
+
+@torch.library.custom_op("distilkernels::vocab_stats_backward", mutates_args=())
+def _op_backward(
+    logits: Tensor, ids: Tensor | None, entries: Tensor | None, coef: Tensor, terms: str, sparse: bool,
+    temperature: float, logit_scale: float, softcap: float | None, valid_vocab: int | None, backend: str | None,
+) -> Tensor:  # fmt: skip
+    head = _head_of(temperature, logit_scale, softcap, valid_vocab)
+    return _backward(logits, ids, entries, coef, tuple(t for t in terms.split(",") if t), head, backend, sparse, False)
+
+
+@_op_backward.register_fake
+def _(logits, ids, entries, coef, terms, sparse, temperature, logit_scale, softcap, valid_vocab, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _op_setup(ctx, inputs, output):
+    logits, ids, _, names, *head, backend = inputs
+    names = tuple(names.split(","))
+    _save(ctx, logits, ids, names, _head_of(*head), backend, False, dict(zip(names, output)))
+
+
+def _op_gradient(ctx, grads):
+    def launch(logits, ids, entries, coef, terms, head, backend, sparse, inplace):
+        return _op_backward(logits, ids, entries, coef, ",".join(terms), sparse, *head, backend)
+
+    return (_grad_of_logits(ctx, grads, launch), *(None,) * 8)
+
+
+_op.register_autograd(_op_gradient, setup_context=_op_setup)
+
+
+# --------------------------------------------------------------------------------------------- calls
+
+
+def row_stats(
+    logits: Tensor, ids: Tensor | None, want: tuple[str, ...], head: Head, *,
+    thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False,
+) -> VocabStats:  # fmt: skip
+    """Statistics of logits [..., V] at ids [N, K], flat ([N] and [N, K]), rows in fp64. Arguments are already checked."""
+    names = _computed(want, ids is not None)
+    if not names:
+        return VocabStats()
+    rows = rows_of(logits)
+    if plain_eager(logits, ids):
+        values = _VocabStats.apply(rows, ids, thresholds, names, head, backend, inplace_backward)
+    else:
+        values = _op(rows, ids, thresholds, ",".join(names), *head, backend)
+    found = dict(zip(names, values))
+    return VocabStats(**{
+        name: t if name in _DIFFERENTIABLE else t.detach()
+        for name, t in found.items()
+        if name in want or (name == "finite_count" and "logit_sum" in want)
+    })  # fmt: skip
+
+
+def checked_logits(logits: Tensor, name: str = "logits") -> Tensor:
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(logits).__name__}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., V] with V ≥ 1; got {tuple(logits.shape)}")
+    return logits
+
+
+def vocab_stats(
+    logits: Tensor, ids: Tensor | None = None, *, want: Iterable[str] = ("lse", "gathered"), temperature: float = 1.0,
+    logit_scale: float = 1.0, softcap: float | None = None, valid_vocab: int | None = None, backend: str | None = None,
+) -> VocabStats:  # fmt: skip
+    """Statistics of every row of logits in one read, differentiable; see :class:`VocabStats` for the names.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64, any strides (a last stride of 1 is read in place).
+        ids: int32 or int64 [..., K], distinct within a row, −1 for an empty slot.
+        want: which statistics; only these are computed.
+        temperature, logit_scale, softcap, valid_vocab: z = softcap·tanh(logit_scale·x/softcap)/temperature, with
+            columns from `valid_vocab` on −inf.
+        backend: "cuda", "triton", "cpp" or "reference"; None takes the first that serves the tensors.
+
+    Returns:
+        VocabStats in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or value, naming the argument; on a CPU also an id out of range.
+        BackendError: `backend` cannot serve these tensors, with the reason.
+    """
+    checked_logits(logits)
+    head = Head.checked(logits.shape[-1], temperature, logit_scale, softcap, valid_vocab)
+    want = checked_want(want, ids is not None)
+    lead = tuple(logits.shape[:-1])
+    if ids is not None:
+        ids = checked_ids(ids, lead, logits.shape[-1], logits.device)
+    stats = row_stats(logits, ids, want, head, backend=backend)
+    return VocabStats(*(t if t is None else _presented(t, logits.dtype).view(*lead, *t.shape[1:]) for t in stats))
+
+
+def _presented(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if not t.is_floating_point() or dtype == torch.float64 else t.float()
