@@ -1,0 +1,47 @@
+"""``python -m distilkernels``: versions, instruction set, devices, and which backend serves what here."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from . import __version__
+from .backends import module, support
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    cpp = module("cpp")
+    print(f"distilkernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(", ".join(f"{name} {_version(name)}" for name in ("triton", "transformers", "cuda-core", "numpy")))
+    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads; C++ kernels: {cpp.describe()}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    print("CUDA: " + (", ".join(devices) or "no device"))
+    rows = support()
+    width = max(len(r.primitive) for r in rows)
+    print()
+    refusals: dict[str, list[str]] = {}
+    for primitive in dict.fromkeys(r.primitive for r in rows):
+        for backend in dict.fromkeys(r.backend for r in rows):
+            mine = [r for r in rows if (r.primitive, r.backend) == (primitive, backend)]
+            served = [f"{r.device}:{r.dtype}" for r in mine if r.refusal is None]
+            print(f"{primitive:{width}}  {backend:9}  {' '.join(served) or '-'}")
+            for r in mine:
+                if r.refusal is not None:
+                    refusals.setdefault(r.refusal, []).append(f"{primitive} {backend} {r.device}:{r.dtype}")
+    print("\nRefusals")
+    for sentence, calls in refusals.items():
+        shown = ", ".join(calls[:3]) + (f" and {len(calls) - 3} more" if len(calls) > 3 else "")
+        print(f"- {sentence}\n    ({shown})")
+
+
+if __name__ == "__main__":
+    main()

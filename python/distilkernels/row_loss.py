@@ -1,0 +1,147 @@
+"""``row_loss``: any PyTorch function of the row statistics as a loss. Every built-in loss on logits is a caller of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .primitives.boundary import checked_ids
+from .primitives.head import Head
+from .primitives.vocab_stats import VocabStats, checked_logits, checked_want, row_stats
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def row_loss(
+    logits: Tensor,
+    ids: Tensor | None,
+    fn: Callable[..., Tensor],
+    *,
+    per_token: Sequence[Tensor] = (),
+    want: Iterable[str] = ("lse", "gathered"),
+    token_weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    has_aux: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Any loss that depends on a row of logits through its statistics: ``reduce(w · fn(stats, *per_token))``.
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64.
+        ids: int32 or int64 [..., K], or None; −1 for an empty slot.
+        fn: ``fn(stats, *per_token) -> [N]``, any PyTorch function. `stats` is a :class:`VocabStats` of flat, float64
+            tensors ([N] and [N, K]); `per_token` arrive flattened to [N, ...]. With reduction="none" it may return a
+            tuple of [N, ...] tensors; with `has_aux` it returns ``(rows, aux)``, aux a tuple of [N, ...] tensors.
+        want: the statistics that `fn` reads.
+        token_weights: [...], w. A row of weight 0 contributes nothing, even if it holds NaN.
+        reduction: "mean" is Σ w·loss / Σ w (0, attached to the graph, where all weights are 0), "sum", or "none".
+        num_items_in_batch: replaces Σ w in "mean", for gradient accumulation.
+        temperature, logit_scale, softcap, valid_vocab: see :func:`vocab_stats`.
+        inplace_backward: write d logits over the logits' memory; a second backward through them raises. Ignored under
+            torch.compile.
+        backend: see :func:`vocab_stats`.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), or [...] with reduction="none"; with `has_aux` ``(loss, aux)``,
+        aux detached and in the token shape.
+
+    Raises:
+        ValueError, TypeError: naming the argument. BackendError: `backend` cannot serve these tensors.
+    """
+    checked_logits(logits)
+    head = Head.checked(logits.shape[-1], temperature, logit_scale, softcap, valid_vocab)
+    lead = tuple(logits.shape[:-1])
+    if ids is not None:
+        ids = checked_ids(ids, lead, logits.shape[-1], logits.device)
+    want = checked_want(want, ids is not None)
+    weights = checked_weights(token_weights, lead, logits.device)
+    per_token = [flat_per_token("per_token", t, lead, logits.device) for t in per_token]
+    checked_reduction(reduction)
+
+    stats = row_stats(logits, ids, want, head, backend=backend, inplace_backward=inplace_backward)
+    rows = fn(for_epilogue(stats, weights), *per_token)
+    rows, aux = rows if has_aux else (rows, ())
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    if reduction == "none":
+        many = isinstance(rows, tuple)
+        rows = tuple(weighted(r, weights).to(dtype).view(*lead, *r.shape[1:]) for r in (rows if many else (rows,)))
+        loss = rows if many else rows[0]
+    else:
+        loss = reduce_rows(checked_rows(rows, weights, lead), weights, reduction, num_items_in_batch).to(dtype)
+    return (loss, tuple(a.detach().view(*lead, *a.shape[1:]) for a in aux)) if has_aux else loss
+
+
+def checked_weights(weights: Tensor | None, lead: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """Token weights as a flat, detached float64 [N]."""
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"token_weights must be a tensor; got {type(weights).__name__}")
+    if tuple(weights.shape) != tuple(lead):
+        raise ValueError(f"token_weights must have the token shape {tuple(lead)}; got {tuple(weights.shape)}")
+    if weights.device != device:
+        raise ValueError(f"token_weights must be on {device}, where the logits are; got {weights.device}")
+    return weights.detach().reshape(-1).double()
+
+
+def flat_per_token(name: str, tensor: Tensor, lead: tuple[int, ...], device: torch.device) -> Tensor:
+    """[..., *] as [N, *]."""
+    if tuple(tensor.shape[: len(lead)]) != tuple(lead):
+        raise ValueError(f"{name} tensors must start with the token shape {tuple(lead)}; got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} tensors must be on {device}, where the logits are; got {tensor.device}")
+    return tensor.reshape(math.prod(lead), *tensor.shape[len(lead) :])
+
+
+def checked_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
+
+
+def checked_rows(rows: Tensor, weights: Tensor | None, lead: tuple[int, ...]) -> Tensor:
+    if not isinstance(rows, Tensor) or tuple(rows.shape) != (math.prod(lead),):
+        got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(f"fn must return one loss per row, shape ({math.prod(lead)},); got {got}")
+    return weighted(rows, weights)
+
+
+def weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return rows
+    w = weights.view(-1, *(1,) * (rows.dim() - 1))
+    return torch.where(w == 0, 0.0, rows * w)
+
+
+def for_epilogue(stats: VocabStats, weights: Tensor | None) -> VocabStats:
+    """Statistics in float64, and constants in the rows of weight 0, so that whatever those hold meets no arithmetic."""
+    values = []
+    for t in stats:
+        if t is not None and t.is_floating_point():
+            t = t.double()
+            if weights is not None:
+                t = t.masked_fill((weights == 0).view(-1, *(1,) * (t.dim() - 1)), 0.0)
+        values.append(t)
+    return VocabStats(*values)
+
+
+def reduce_rows(rows: Tensor, weights: Tensor | None, reduction: str, num_items_in_batch) -> Tensor:
+    """The sum or the mean of rows [N] that carry their weights; a zero denominator gives 0 that is still attached to the graph."""
+    total = rows.sum()
+    if reduction == "sum":
+        return total
+    if num_items_in_batch is not None:
+        count = num_items_in_batch
+    else:
+        count = rows.shape[0] if weights is None else weights.sum()
+    if isinstance(count, Tensor):
+        return total / torch.where(count == 0, 1, count)
+    return total / (count or 1)
