@@ -1,3 +1,99 @@
-"""(being written)"""
-def why_not(primitive, *tensors):
-    return "not built"
+"""The C++ kernels on CPU tensors: ``csrc/cpu`` behind the launchers' signatures. Passes pointers and no more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from .. import _cpp
+except ImportError as reason:
+    _cpp, _missing = None, str(reason)
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_OUTPUTS = (
+    "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "rank", "mass_above",
+)  # fmt: skip
+_SERVED = ("vocab_stats", "vocab_stats_backward")
+
+
+def why_not(primitive: str, *tensors: Tensor) -> str | None:
+    if primitive not in _SERVED:
+        return f"there is no C++ kernel for {primitive}"
+    if _cpp is None:
+        return f"the extension is not built ({_missing}); `pip install -e . --no-build-isolation` builds it and needs g++ or clang"
+    logits = tensors[0]
+    if any(t.device.type != "cpu" for t in tensors):
+        return f"the C++ kernels serve CPU tensors; got {logits.device}"
+    if logits.dtype not in _DTYPES:
+        return f"logits must be float32, bfloat16, float16 or float64; got {logits.dtype}"
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        return f"the last stride of the logits must be 1; got {logits.stride(-1)}"
+    return None
+
+
+def vocab_stats(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, head, out: dict[str, Tensor]) -> None:
+    if logits.numel() == 0:
+        return
+    if ids is not None:
+        ids = ids.contiguous()
+    if thresholds is not None:
+        thresholds = thresholds.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
+    _cpp.vocab_stats(
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _ids(ids), 0 if thresholds is None else thresholds.data_ptr(),
+        _head(head, logits.shape[2]), torch.get_num_threads(), [out[name].data_ptr() if name in out else 0 for name in _OUTPUTS],
+    )  # fmt: skip
+
+
+def vocab_stats_backward(
+    logits: Tensor, ids: Tensor | None, entries: Tensor | None, coef: Tensor, terms: tuple[str, ...], head, out: Tensor
+) -> None:
+    if logits.numel() == 0:
+        return
+    coef = coef.contiguous()
+    if ids is not None:
+        ids, entries = ids.contiguous(), entries.contiguous()
+    _cpp.vocab_stats_backward(
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _ids(ids), 0 if ids is None else entries.data_ptr(),
+        ids is not None and entries.dtype == torch.float64, coef.data_ptr(), "constant" in terms or "t1" in terms,
+        _head(head, logits.shape[2]), torch.get_num_threads(), out.data_ptr(), _shape(out),
+    )  # fmt: skip
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    return _built().isa()
+
+
+def set_isa(name: str) -> None:
+    """Uses the kernels of another instruction set from now on; ValueError if this machine has no such."""
+    if not _built().set_isa(name):
+        raise ValueError(f"isa must be one of {', '.join(available_isas())} on this machine; got {name!r}")
+
+
+def available_isas() -> list[str]:
+    """The instruction sets of this machine that the kernels are compiled for, best first."""
+    return _built().available_isas()
+
+
+def openmp() -> bool:
+    """Whether the extension was built with OpenMP; without, it runs on one thread."""
+    return _built().openmp
+
+
+def _built():
+    if _cpp is None:
+        raise RuntimeError(f"the C++ extension is not built: {_missing}")
+    return _cpp
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return (*t.shape, *t.stride()[:2])
+
+
+def _ids(ids: Tensor | None) -> tuple[int, bool, int]:
+    return (0, False, 0) if ids is None else (ids.data_ptr(), ids.dtype == torch.int64, ids.shape[1])
+
+
+def _head(head, vocab: int) -> tuple[float, float, float, int]:
+    return head.temperature, head.logit_scale, head.softcap or 0.0, head.columns(vocab)

@@ -1,0 +1,35 @@
+// Instruction sets a kernel is compiled for, and the one in use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace distilkernels {
+
+// Each works on rows [begin, end).
+struct Kernels {
+    void (*vocab_stats)(const VocabStats&, Scratch&, int64_t begin, int64_t end);
+    void (*vocab_stats_backward)(const VocabStatsBackward&, Scratch&, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+const Kernels& kernels();
+std::string isa();
+bool set_isa(const std::string& name);  // false if this machine does not have it
+std::vector<std::string> available_isas();  // best first
+
+}  // namespace distilkernels

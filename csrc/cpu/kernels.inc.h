@@ -1,0 +1,8 @@
+// The kernels of one instruction set: included inside its namespace, after its vector type.
+
+#include "vec_double.h"
+#include "rows.inc.h"
+#include "vocab_stats.inc.h"
+#include "vocab_stats_backward.inc.h"
+
+extern const Kernels kernels = {vocab_stats, vocab_stats_backward};

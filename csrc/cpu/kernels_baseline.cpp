@@ -1,0 +1,10 @@
+#include <algorithm>
+
+#include "isa.h"
+
+namespace distilkernels {
+namespace baseline {
+#include "vec_baseline.h"
+#include "kernels.inc.h"
+}  // namespace baseline
+}  // namespace distilkernels

@@ -1,0 +1,131 @@
+// exp, tanh, the head's transform, and a row read by blocks. Included inside each ISA's namespace.
+
+// e^d. d is clamped from below where e^d = 0, which also makes e·d = 0 at d = −inf; NaN stays NaN.
+// Above the range of a float the result is not finite, or negative: callers that can get there check.
+template <class V>
+inline typename V::F exp_clamped(const V&, typename V::F& d) {
+    d = V::max(V::set(V::lowest), d);
+    const auto n = V::round(d * V::set(0x1.715476p+0f));
+    // ln 2 in two parts, the first short enough that n·ln 2 is exact
+    const auto f = V::fma(n, V::set(-0x1.05c61p-29f), V::fma(n, V::set(-0x1.62e43p-1f), d));
+    // minimax on ±½ ln 2 with 1 + f kept exact: 3e-9
+    auto p = V::set(1.381454003e-03f);
+    p = V::fma(p, f, V::set(8.368745113e-03f));
+    p = V::fma(p, f, V::set(4.166839079e-02f));
+    p = V::fma(p, f, V::set(1.666652040e-01f));
+    p = V::fma(p, f, V::set(4.999999343e-01f));
+    p = V::fma(p * f, f, f) + V::set(1);
+    return V::scale(p, n);
+}
+
+// Small relative error everywhere: an odd polynomial (4e-9) below 0.625, 1 − 2/(e^{2x} + 1) beyond.
+template <class V>
+inline typename V::F tanh_of(const V& v, typename V::F x) {
+    const auto magnitude = V::abs(x);
+    const auto square = x * x;
+    auto p = V::set(-5.704226844e-03f);
+    p = V::fma(p, square, V::set(2.063843422e-02f));
+    p = V::fma(p, square, V::set(-5.373952397e-02f));
+    p = V::fma(p, square, V::set(1.333144003e-01f));
+    p = V::fma(p, square, V::set(-3.333328187e-01f));
+    const auto small = V::fma(p * square, x, x);
+    // tanh 10 is 1 to a float; −max(−a, −b) is a minimum that keeps NaN
+    auto twice = -V::max(V::set(-20), -(magnitude + magnitude));
+    const auto large = V::set(1) - V::set(2) / (exp_clamped(v, twice) + V::set(1));
+    return V::select(V::gt(V::set(0.625f), magnitude), small, V::with_sign_of(large, x));
+}
+
+enum class Map { plain, affine, softcap };
+
+inline Map map_of(const Head& head) {
+    if (head.softcap != 0) return Map::softcap;
+    return head.scale == 1 && head.temperature == 1 ? Map::plain : Map::affine;
+}
+
+// x → z, T·z and the factor of dz/dx that is not constant. The plain PyTorch order of roundings where there is no tanh,
+// so that thresholds computed there compare exactly.
+template <class V, Map map>
+struct Transform {
+    using F = typename V::F;
+    F scale, temperature, cap, cap_over_t;
+
+    explicit Transform(const Head& head)
+        : scale(V::set(map == Map::softcap ? head.scale / head.softcap : head.scale)),
+          temperature(V::set(head.temperature)),
+          cap(V::set(head.softcap)),
+          cap_over_t(V::set(head.softcap / head.temperature)) {}
+
+    struct Point {
+        F z, at_t1, slope;
+    };
+    Point at(F x) const {
+        if constexpr (map == Map::plain) return {x, x, V::set(1)};
+        if constexpr (map == Map::affine) return {x * scale / temperature, x * scale, V::set(1)};
+        const F t = tanh_of(V(), x * scale);
+        return {cap_over_t * t, cap * t, V::fma(-t, t, V::set(1))};
+    }
+    F z(F x) const { return at(x).z; }
+};
+
+// A row is read in blocks of four vectors; no block crosses a word of the bitmap of hidden columns.
+template <class V>
+constexpr int block = 4 * V::width;
+
+template <class V>
+[[gnu::noinline]] void hide(typename V::F (&z)[4], uint64_t columns) {
+    typename V::S lanes[block<V>];
+    for (int i = 0; i < 4; ++i) V::store(lanes + i * V::width, z[i]);
+    for (; columns; columns &= columns - 1) lanes[__builtin_ctzll(columns)] = -std::numeric_limits<typename V::S>::infinity();
+    for (int i = 0; i < 4; ++i) z[i] = V::load(lanes + i * V::width);
+}
+
+// z of columns [c, c + block), −inf on hidden columns and from `end` on.
+template <class V, Map map, class T>
+inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const uint64_t* hidden, const Transform<V, map>& f) {
+    uint64_t gone = hidden[c / 64] >> (c % 64);
+    if (end - c >= block<V>) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) z[i] = f.z(V::load(x + c + i * V::width));
+    } else {
+        T rest[block<V>] = {};
+        std::memcpy(rest, x + c, (end - c) * sizeof(T));
+        for (int i = 0; i < 4; ++i) z[i] = f.z(V::load(rest + i * V::width));
+        gone |= ~uint64_t(0) << (end - c);
+    }
+    gone &= ~uint64_t(0) >> (64 - block<V>);
+    if (__builtin_expect(gone != 0, 0)) hide<V>(z, gone);
+}
+
+template <class V>
+inline typename V::S max_of(typename V::F x) {
+    typename V::S lanes[V::width];
+    V::store(lanes, x);
+    auto top = lanes[0];
+    for (int i = 1; i < V::width; ++i) top = lanes[i] > top ? lanes[i] : top;
+    return top;
+}
+
+// f(z-type tag) with the vector and element types of a dtype.
+template <class Visitor>
+inline void visit_dtype(DType dtype, Visitor&& visit) {
+    switch (dtype) {
+        case DType::f32: return visit(Float(), float());
+        case DType::bf16: return visit(Float(), bf16());
+        case DType::f16: return visit(Float(), f16());
+        case DType::f64: return visit(Double(), double());
+    }
+}
+
+template <Map m>
+struct MapTag {
+    static constexpr Map map = m;
+};
+
+template <class Visitor>
+inline void visit_map(const Head& head, Visitor&& visit) {
+    switch (map_of(head)) {
+        case Map::plain: return visit(MapTag<Map::plain>());
+        case Map::affine: return visit(MapTag<Map::affine>());
+        case Map::softcap: return visit(MapTag<Map::softcap>());
+    }
+}

@@ -1,0 +1,46 @@
+// Sixteen floats. Included inside namespace avx512.
+
+struct Float {
+    using S = float;
+    using F = __m512;
+    using M = __mmask16;
+    static constexpr int width = 16;
+    static constexpr float lowest = -104;
+
+    static F set(float x) { return _mm512_set1_ps(x); }
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static F load(const bf16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16)); }
+    static F load(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static void store(bf16* p, F x) { _mm256_storeu_si256((__m256i*)p, to_bf16(x)); }
+    static void store(f16* p, F x) { _mm256_storeu_si256((__m256i*)p, to_f16(x)); }
+    static void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+    static void stream(bf16* p, F x) { _mm256_stream_si256((__m256i*)p, to_bf16(x)); }
+    static void stream(f16* p, F x) { _mm256_stream_si256((__m256i*)p, to_f16(x)); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F scale(F p, F n) { return _mm512_scalef_ps(p, n); }
+    static M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+    static M finite(F x) { return _mm512_cmp_ps_mask(abs(x), set(std::numeric_limits<float>::infinity()), _CMP_LT_OQ); }
+    static M nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
+    static F keep(M m, F x) { return _mm512_maskz_mov_ps(m, x); }
+    static F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+    static F abs(F x) { return _mm512_andnot_ps(set(-0.0f), x); }
+    static F with_sign_of(F x, F sign) { return _mm512_or_ps(x, _mm512_and_ps(set(-0.0f), sign)); }
+    static unsigned bits(M m) { return m; }
+    static double sum(F x) {
+        return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
+    }
+
+private:
+    static __m256i to_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static __m256i to_bf16(F x) {
+        const __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+    }
+};
+
+inline void end_of_streams() { _mm_sfence(); }

@@ -1,0 +1,55 @@
+// Four floats through the compiler's vector extension: SSE2 on x86-64, NEON on aarch64. Included inside namespace baseline.
+
+struct Float {
+    using S = float;
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t M __attribute__((vector_size(16)));
+    static constexpr int width = 4;
+    static constexpr float lowest = -104;
+
+    static F set(float x) { return F{x, x, x, x}; }
+    static F load(const float* p) {
+        F x;
+        std::memcpy(&x, p, 16);
+        return x;
+    }
+    template <class T>
+    static F load(const T* p) {
+        return F{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+    }
+    static void store(float* p, F x) { std::memcpy(p, &x, 16); }
+    template <class T>
+    static void store(T* p, F x) {
+        for (int i = 0; i < width; ++i) narrow(x[i], p[i]);
+    }
+    template <class T>
+    static void stream(T* p, F x) {
+        store(p, x);
+    }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static F max(F a, F b) { return a > b ? a : b; }
+    static F round(F x) {
+        const F big = set(0x1.8p23f);  // adding it leaves no fraction bits
+        return (x + big) - big;
+    }
+    // p·2^n in two halves, so that neither power overflows
+    static F scale(F p, F n) {
+        n = n < set(256) ? n : set(256);
+        const M whole = __builtin_convertvector(n, M), half = whole >> 1;
+        return p * power(half) * power(whole - half);
+    }
+    static M gt(F a, F b) { return a > b; }
+    static M finite(F x) { return x - x == set(0); }
+    static M nan(F x) { return x != x; }
+    static F keep(M m, F x) { return m ? x : set(0); }
+    static F select(M m, F a, F b) { return m ? a : b; }
+    static F abs(F x) { return (F)((M)x & 0x7fffffff); }
+    static F with_sign_of(F x, F sign) { return (F)((M)x | ((M)sign & int32_t(0x80000000))); }
+    static unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
+    static double sum(F x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
+
+private:
+    static F power(M n) { return (F)((n + 127) << 23); }
+};
+
+inline void end_of_streams() {}
