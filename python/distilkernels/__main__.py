@@ -18,11 +18,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _describe(cpp) -> str:
+    refusal = cpp.why_not("vocab_stats", torch.empty(1, 1, 1))
+    if refusal is not None:
+        return refusal
+    others = ", ".join(cpp.available_isas())
+    return f"{cpp.isa()} (of {others}), {'OpenMP' if cpp.openmp() else 'one thread: built without OpenMP'}"
+
+
 def main() -> None:
     cpp = module("cpp")
     print(f"distilkernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(", ".join(f"{name} {_version(name)}" for name in ("triton", "transformers", "cuda-core", "numpy")))
-    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads; C++ kernels: {cpp.describe()}")
+    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads; C++ kernels: {_describe(cpp)}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     print("CUDA: " + (", ".join(devices) or "no device"))
     rows = support()

@@ -270,7 +270,7 @@ def topk_distill_loss(
         reduction=reduction, num_items_in_batch=num_items_in_batch,
     )  # fmt: skip
     result = row_loss(
-        student_logits, epilogue.ids.view(*lead, -1), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want,
+        student_logits, epilogue.ids.view(*lead, epilogue.ids.shape[-1]), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want,
         token_weights=epilogue.weights.view(lead), reduction=reduction, num_items_in_batch=epilogue.denominator,
         has_aux=return_stats, inplace_backward=inplace_backward, backend=backend, **head._asdict(),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .primitives.boundary import checked_ids
 from .primitives.head import Head
-from .primitives.vocab_stats import VocabStats, checked_logits, checked_want, row_stats
+from .primitives.vocab_stats import DEFAULT_WANT, VocabStats, checked_logits, checked_want, row_stats
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -21,7 +21,7 @@ def row_loss(
     fn: Callable[..., Tensor],
     *,
     per_token: Sequence[Tensor] = (),
-    want: Iterable[str] = ("lse", "gathered"),
+    want: Iterable[str] = DEFAULT_WANT,
     token_weights: Tensor | None = None,
     reduction: str = "mean",
     num_items_in_batch: int | float | Tensor | None = None,

@@ -69,6 +69,7 @@ class VocabStats(NamedTuple):
 
 
 WANTS = tuple(name for name in VocabStats._fields if name != "finite_count")
+DEFAULT_WANT = ("lse", "gathered")
 _NEEDS_IDS = ("gathered", "tail_lse", "rank", "mass_above")
 _PER_SLOT = ("gathered", "rank", "mass_above")
 _INTEGER = ("finite_count", "argmax", "rank")
@@ -78,6 +79,8 @@ _DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum",
 def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
     """The requested names in canonical order; ValueError for an unknown one or one that lacks its ids."""
     want = (want,) if isinstance(want, str) else tuple(want)
+    if want == DEFAULT_WANT and not has_ids:
+        want = ("lse",)
     unknown = [name for name in want if name not in WANTS]
     if unknown:
         raise ValueError(f"want has unknown statistics {unknown}; known: {', '.join(WANTS)}")
@@ -121,7 +124,7 @@ def _allocate(logits: Tensor, ids: Tensor | None, names: tuple[str, ...]) -> dic
 def gather_logits(logits: Tensor, ids: Tensor, head: Head) -> Tensor:
     """z at distinct `ids` [N, K] of `logits` [O, I, V]; −inf at −1 and on masked columns. O(N·K): V is not touched."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    index = ids.clamp(min=0).long().view(logits.shape[0], logits.shape[1], -1)
+    index = ids.clamp(min=0).long().view(*logits.shape[:2], ids.shape[1])
     z = head._replace(valid_vocab=None).apply(logits.gather(2, index).to(dtype)).view(ids.shape)
     return z.masked_fill((ids < 0) | (ids >= head.columns(logits.shape[2])), -math.inf)
 
@@ -294,8 +297,14 @@ def _save(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Te
     ctx.saved_names, ctx.names, ctx.head, ctx.backend, ctx.inplace = saved, names, head, backend, inplace
 
 
-def _grad_of_logits(ctx, grads, launch) -> Tensor | None:
-    logits, ids, *saved = ctx.saved_tensors
+def _prepare(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor]) -> None:
+    _save(ctx, logits, ids, names, head, backend, inplace, outputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in _DIFFERENTIABLE))
+
+
+def _grad_of_logits(ctx, saved_tensors, grads, launch) -> Tensor | None:
+    logits, ids, *saved = saved_tensors
     grads = {name: g for name, g in zip(ctx.names, grads) if g is not None and name in _DIFFERENTIABLE}
     if not grads:
         return None
@@ -304,41 +313,50 @@ def _grad_of_logits(ctx, grads, launch) -> Tensor | None:
     return launch(logits, ids, entries, coef, terms, ctx.head, ctx.backend, sparse, ctx.inplace)
 
 
-_TWICE = "vocab_stats has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead"
-
-
 class _Once(torch.autograd.Function):
     """Identity whose own derivative is refused with a sentence."""
 
     @staticmethod
-    def forward(ctx, grad):
+    def forward(ctx, grad, logits):
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(_TWICE)
+        raise RuntimeError("vocab_stats has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead")
 
 
 class _VocabStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, thresholds, names, head, backend, inplace):
         outputs = _forward(logits, ids, thresholds, names, head, backend)
-        _save(ctx, logits, ids, names, head, backend, inplace, outputs)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in _DIFFERENTIABLE))
+        _prepare(ctx, logits, ids, names, head, backend, inplace, outputs)
         return tuple(outputs.values())
 
     @staticmethod
     def backward(ctx, *grads):
         twice = torch.is_grad_enabled()
         with torch.no_grad():
-            grad = _grad_of_logits(ctx, grads, _backward)
+            saved = ctx.saved_tensors
+            grad = _grad_of_logits(ctx, saved, grads, _backward if plain_eager(saved[0]) else _op_launch)
             if grad is not None and ctx.inplace:
-                torch.autograd.graph.increment_version(ctx.saved_tensors[0])
+                torch.autograd.graph.increment_version(saved[0])
                 grad = grad.detach()
-        if twice and grad is not None:
-            grad = _Once.apply(grad.requires_grad_())
+        if twice and grad is not None and plain_eager(saved[0]):
+            grad = _Once.apply(grad, saved[0])
         return grad, None, None, None, None, None, None
+
+
+class _Transformable(_VocabStats):
+    """The same for torch.func, which wants setup_context; binding its arguments costs 100 µs a call, so not for all."""
+
+    @staticmethod
+    def forward(logits, ids, thresholds, names, head, backend, inplace):
+        return tuple(_forward(logits, ids, thresholds, names, head, backend).values())
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        logits, ids, _, names, head, backend, inplace = inputs
+        _prepare(ctx, logits, ids, names, head, backend, inplace, dict(zip(names, outputs)))
 
 
 # --------------------------------------------------------------------------------------------- torch.library
@@ -382,11 +400,12 @@ def _op_setup(ctx, inputs, output):
     _save(ctx, logits, ids, names, _head_of(*head), backend, False, dict(zip(names, output)))
 
 
-def _op_gradient(ctx, grads):
-    def launch(logits, ids, entries, coef, terms, head, backend, sparse, inplace):
-        return _op_backward(logits, ids, entries, coef, ",".join(terms), sparse, *head, backend)
+def _op_launch(logits, ids, entries, coef, terms, head, backend, sparse, inplace):
+    return _op_backward(logits, ids, entries, coef, ",".join(terms), sparse, *head, backend)
 
-    return (_grad_of_logits(ctx, grads, launch), *(None,) * 8)
+
+def _op_gradient(ctx, grads):
+    return (_grad_of_logits(ctx, ctx.saved_tensors, grads, _op_launch), *(None,) * 8)
 
 
 _op.register_autograd(_op_gradient, setup_context=_op_setup)
@@ -404,8 +423,9 @@ def row_stats(
     if not names:
         return VocabStats()
     rows = rows_of(logits)
-    if plain_eager(logits, ids):
-        values = _VocabStats.apply(rows, ids, thresholds, names, head, backend, inplace_backward)
+    if plain_eager(logits, ids, functorch=True):
+        function = _VocabStats if plain_eager() else _Transformable
+        values = function.apply(rows, ids, thresholds, names, head, backend, inplace_backward)
     else:
         values = _op(rows, ids, thresholds, ",".join(names), *head, backend)
     found = dict(zip(names, values))
@@ -427,7 +447,7 @@ def checked_logits(logits: Tensor, name: str = "logits") -> Tensor:
 
 
 def vocab_stats(
-    logits: Tensor, ids: Tensor | None = None, *, want: Iterable[str] = ("lse", "gathered"), temperature: float = 1.0,
+    logits: Tensor, ids: Tensor | None = None, *, want: Iterable[str] = DEFAULT_WANT, temperature: float = 1.0,
     logit_scale: float = 1.0, softcap: float | None = None, valid_vocab: int | None = None, backend: str | None = None,
 ) -> VocabStats:  # fmt: skip
     """Statistics of every row of logits in one read, differentiable; see :class:`VocabStats` for the names.
@@ -435,7 +455,7 @@ def vocab_stats(
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any strides (a last stride of 1 is read in place).
         ids: int32 or int64 [..., K], distinct within a row, −1 for an empty slot.
-        want: which statistics; only these are computed.
+        want: which statistics; only these are computed. The default is lse alone where there are no ids.
         temperature, logit_scale, softcap, valid_vocab: z = softcap·tanh(logit_scale·x/softcap)/temperature, with
             columns from `valid_vocab` on −inf.
         backend: "cuda", "triton", "cpp" or "reference"; None takes the first that serves the tensors.

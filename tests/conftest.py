@@ -1,0 +1,29 @@
+"""Every test sees NaN-filled ``torch.empty`` and the same seed."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+# Triton reads this once, when it is imported: decided here, before anything can.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True)
+def _nan_filled_and_seeded():
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pytest_report_header(config):
+    import distilkernels
+    from distilkernels import backends
+
+    served = [name for name in backends.ORDER if backends.module(name).why_not("vocab_stats", torch.empty(1, 1, 8)) is None]
+    return f"distilkernels {distilkernels.__version__}, Python {sys.version.split()[0]}, torch {torch.__version__}, backends: {', '.join(served)}"
