@@ -1,21 +1,20 @@
 // exp, tanh, the head's transform, and a row read by blocks. Included inside each ISA's namespace.
 
-// e^d. d is clamped from below where e^d = 0, which also makes e·d = 0 at d = −inf; NaN stays NaN.
+// e^d, to 2e-7. d is clamped from below where e^d = 0, which also makes e·d = 0 at d = −inf; NaN stays NaN.
 // Above the range of a float the result is not finite, or negative: callers that can get there check.
 template <class V>
 inline typename V::F exp_clamped(const V&, typename V::F& d) {
-    d = V::max(V::set(V::lowest), d);
-    const auto n = V::round(d * V::set(0x1.715476p+0f));
-    // ln 2 in two parts, the first short enough that n·ln 2 is exact
-    const auto f = V::fma(n, V::set(-0x1.05c61p-29f), V::fma(n, V::set(-0x1.62e43p-1f), d));
-    // minimax on ±½ ln 2 with 1 + f kept exact: 3e-9
-    auto p = V::set(1.381454003e-03f);
-    p = V::fma(p, f, V::set(8.368745113e-03f));
-    p = V::fma(p, f, V::set(4.166839079e-02f));
-    p = V::fma(p, f, V::set(1.666652040e-01f));
-    p = V::fma(p, f, V::set(4.999999343e-01f));
-    p = V::fma(p * f, f, f) + V::set(1);
-    return V::scale(p, n);
+    d = V::clamp(d);
+    const auto octaves = V::octaves(d);
+    const auto f = V::remainder(d, octaves);
+    // minimax on ±½ ln 2 with 1 + f kept exact: 1e-7
+    auto p = V::set(8.312501289e-03f);
+    p = V::fma(p, f, V::set(4.189033157e-02f));
+    p = V::fma(p, f, V::set(1.666711539e-01f));
+    p = V::fma(p, f, V::set(4.999923031e-01f));
+    p = V::fma(p, f, V::set(1));
+    p = V::fma(p, f, V::set(1));
+    return V::scale(p, octaves);
 }
 
 // Small relative error everywhere: an odd polynomial (4e-9) below 0.625, 1 − 2/(e^{2x} + 1) beyond.

@@ -5,7 +5,6 @@ struct Float {
     using F = __m256;
     using M = __m256;
     static constexpr int width = 8;
-    static constexpr float lowest = -104;
 
     static F set(float x) { return _mm256_set1_ps(x); }
     static F load(const float* p) { return _mm256_loadu_ps(p); }
@@ -19,12 +18,13 @@ struct Float {
     static void stream(f16* p, F x) { _mm_stream_si128((__m128i*)p, to_f16(x)); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
-    static F round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-    // p·2^n in two halves, so that neither power overflows
-    static F scale(F p, F n) {
-        const __m256i whole = _mm256_cvtps_epi32(_mm256_min_ps(n, set(256))), half = _mm256_srai_epi32(whole, 1);
-        return p * power(half) * power(_mm256_sub_epi32(whole, half));
-    }
+    // d = n·ln 2 + remainder, and p·2^n. n + 127 is in the low bits of `octaves`, so that one shift makes the power: 0 at n = −127
+    // and infinity at 128, where the clamps end. A float ln 2 is off by 2e-9: 2e-7 of the result at the smallest.
+    static constexpr float kBias = 0x1.8p23f + 127;
+    static F clamp(F d) { return _mm256_min_ps(set(88.8f), max(set(-88), d)); }
+    static F octaves(F d) { return fma(d, set(0x1.715476p+0f), set(kBias)); }
+    static F remainder(F d, F octaves) { return fma(octaves - set(kBias), set(-0x1.62e43p-1f), d); }
+    static F scale(F p, F octaves) { return p * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(octaves), 23)); }
     static M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
     static M finite(F x) { return _mm256_cmp_ps(abs(x), set(std::numeric_limits<float>::infinity()), _CMP_LT_OQ); }
     static M nan(F x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
@@ -40,7 +40,6 @@ struct Float {
     }
 
 private:
-    static F power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
     static __m128i to_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static __m128i to_bf16(F x) {
         const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

@@ -5,7 +5,6 @@ struct Float {
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t M __attribute__((vector_size(16)));
     static constexpr int width = 4;
-    static constexpr float lowest = -104;
 
     static F set(float x) { return F{x, x, x, x}; }
     static F load(const float* p) {
@@ -28,16 +27,19 @@ struct Float {
     }
     static F fma(F a, F b, F c) { return a * b + c; }
     static F max(F a, F b) { return a > b ? a : b; }
-    static F round(F x) {
-        const F big = set(0x1.8p23f);  // adding it leaves no fraction bits
-        return (x + big) - big;
+    // d = n·ln 2 + remainder, and p·2^n. n + 127 is in the low bits of `octaves`, so that one shift makes the power: 0 at n = −127
+    // and infinity at 128, where the clamps end. Without a fused multiply-add ln 2 comes in two parts, the first exact times n.
+    static constexpr float kBias = 0x1.8p23f + 127;
+    static F clamp(F d) {
+        d = d < set(-88) ? set(-88) : d;
+        return d > set(88.8f) ? set(88.8f) : d;
     }
-    // p·2^n in two halves, so that neither power overflows
-    static F scale(F p, F n) {
-        n = n < set(256) ? n : set(256);
-        const M whole = __builtin_convertvector(n, M), half = whole >> 1;
-        return p * power(half) * power(whole - half);
+    static F octaves(F d) { return d * set(0x1.715476p+0f) + set(kBias); }
+    static F remainder(F d, F octaves) {
+        const F n = octaves - set(kBias);
+        return (d - n * set(0x1.62e4p-1f)) - n * set(0x1.7f7d1cp-20f);
     }
+    static F scale(F p, F octaves) { return p * (F)((M)octaves << 23); }
     static M gt(F a, F b) { return a > b; }
     static M finite(F x) { return x - x == set(0); }
     static M nan(F x) { return x != x; }
@@ -48,8 +50,6 @@ struct Float {
     static unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
     static double sum(F x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
 
-private:
-    static F power(M n) { return (F)((n + 127) << 23); }
 };
 
 inline void end_of_streams() {}
