@@ -82,8 +82,12 @@ def head_arguments(head: Head, vocab: int) -> dict[str, object]:
 
 
 def row_strides(rows: Tensor) -> tuple[int, int]:
-    """Strides of the two row axes of [O, I, V]; that of an axis of length 1 is 0, so it spoils no alignment."""
-    return tuple(rows.stride(axis) if rows.shape[axis] > 1 else 0 for axis in (0, 1))
+    """Strides of the two row axes of [O, I, V].
+
+    An axis of length 1 gets V: what is known of the strides' divisibility decides the order of summation, and one row
+    must have the bits that it has among many.
+    """
+    return tuple(rows.stride(axis) if rows.shape[axis] > 1 else rows.shape[2] for axis in (0, 1))
 
 
 class Launch(NamedTuple):

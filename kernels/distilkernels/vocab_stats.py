@@ -40,10 +40,14 @@ class Config:
     # entries of a row handled at once in _row_kernel: its [32, 32] doubles are 64 registers on one warp
     entries: int = 32
 
-    def span(self, itemsize: int) -> dict[str, int]:
-        """VECTOR, TILE and SPAN, in elements, for one dtype."""
+    def span(self, itemsize: int, aligned: bool = True) -> dict[str, int]:
+        """VECTOR (neighbours in one thread's load), TILE and SPAN, in elements, for one dtype.
+
+        Rows at odd addresses are loaded an element at a time, with at most 4 a thread and tile: 8 spill.
+        """
         vector = self.vector_bytes // itemsize
-        return {"VECTOR": vector, "TILE": 32 * self.num_warps * vector, "SPAN": self.span_bytes // itemsize}
+        lanes = vector if aligned else min(vector, 4)
+        return {"VECTOR": vector if aligned else 1, "TILE": 32 * self.num_warps * lanes, "SPAN": self.span_bytes // itemsize}
 
 
 CONFIG = Config()
@@ -97,7 +101,9 @@ def _above(z, w, bars):
 @triton.jit
 def _fold(v, VECTOR: tl.constexpr):
     """One number per 16-byte load: the lanes of a load sit in one thread, whose accumulator is then one register."""
-    return tl.sum(tl.reshape(v, [v.shape[0] // VECTOR, VECTOR]), 1)
+    if VECTOR > 1:
+        v = tl.sum(tl.reshape(v, [v.shape[0] // VECTOR, VECTOR]), 1)
+    return v
 
 
 @triton.jit
@@ -413,14 +419,16 @@ def forward_launches(
     per_slot = k > 0 and ("rank" in out or "mass_above" in out)
     chunk = min(triton.next_power_of_2(k), config.slots) if per_slot else 0
     chunks = triton.cdiv(k, chunk) if per_slot else 1
-    sizes = config.span(logits.element_size())
+    stride_o, stride_i = row_strides(logits)
+    itemsize = logits.element_size()
+    aligned = all(offset * itemsize % config.vector_bytes == 0 for offset in (logits.storage_offset(), stride_o, stride_i))
+    sizes = config.span(itemsize, aligned)
     n_spans = triton.cdiv(vocab, sizes["SPAN"])
     spans = torch.empty((n, n_spans, _FIELDS.value), dtype=torch.float64, device=logits.device)
     slots = torch.empty((n, n_spans, chunks * chunk, 2), dtype=torch.float64, device=logits.device) if per_slot else None
     if thresholds is not None:
         thresholds = thresholds.to(torch.float32).contiguous() if per_slot else None
 
-    stride_o, stride_i = row_strides(logits)
     shared = {
         "logits": logits, "distinct": distinct, "thresholds": thresholds, "spans": spans, "slots": slots,
         "inner_rows": logits.shape[1], "stride_o": stride_o, "stride_i": stride_i, "n_spans": n_spans, "k": k,
