@@ -1,0 +1,277 @@
+"""Distil small language models on the Python standard library's sources: ``python -m examples.demo``.
+
+A tokenizer and a teacher are trained on text that every Python installation carries. The teacher's top-k is captured
+once, over a transfer set that is a part of the teacher's own text. Three students of one size then see the same batches
+in the same order from the same initial weights, and differ in their loss alone: labels, forward KL, reverse KL.
+
+Both distilled students minimise ``D(p ‖ q) + CE_WEIGHT · cross-entropy`` with ``tail="bucket"``, so the mass that the
+teacher has outside its K tokens counts too. Reverse KL is the other end of the family (mode-seeking, what on-policy
+distillation uses); without the tail bucket it would have no proper minimum.
+"""
+
+from __future__ import annotations
+
+import os
+
+# before torch: its profiler announces every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import argparse
+import functools
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import distilkernels as dk
+import torch
+import transformers
+from torch import Tensor
+
+from . import corpus, measure, report, training
+
+VOCAB_SIZE = 8192
+LENGTH = 128
+BATCH = 4
+EVAL_BATCH = 8
+TEACHER = training.Size(hidden=192, layers=4)
+STUDENT = training.Size(hidden=96, layers=2)
+TEACHER_STEPS = 800
+STUDENT_STEPS = 480
+TEACHER_LR = 3e-3
+STUDENT_LR = 4e-3
+# the students' transfer set, in windows; the teacher has TEACHER_STEPS · BATCH of them
+TRANSFER_WINDOWS = 640
+HELDOUT_WINDOWS = 240
+CURVE_WINDOWS = 64
+TOP_K = 32
+CE_WEIGHT = 0.5
+SEED = 0
+
+
+class Student(NamedTuple):
+    """A way to train the student: its name in the table, its loss, and the eager PyTorch form of that loss."""
+
+    name: str
+    loss: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+
+
+def labels_only(logits: Tensor, teacher: dk.TeacherTopK, labels: Tensor, inplace: bool = False) -> Tensor:
+    return -dk.token_logprobs(logits, labels, inplace_backward=inplace).mean()
+
+
+def distilled(logits: Tensor, teacher: dk.TeacherTopK, labels: Tensor, inplace: bool = False, *, divergence: str) -> Tensor:
+    return dk.topk_distill_loss(
+        logits, teacher, divergence=divergence, tail="bucket", labels=labels, ce_weight=CE_WEIGHT, inplace_backward=inplace
+    )
+
+
+def _distilled_student(name: str, divergence: str) -> Student:
+    return Student(
+        name,
+        functools.partial(distilled, divergence=divergence),
+        functools.partial(measure.eager_topk_distill_loss, divergence=divergence, ce_weight=CE_WEIGHT),
+    )
+
+
+STUDENTS = (
+    Student("labels only", labels_only, lambda logits, teacher, labels: measure.eager_cross_entropy(logits, labels)),
+    _distilled_student("forward KL", "forward_kl"),
+    _distilled_student("reverse KL", "reverse_kl"),
+)
+
+
+class Data(NamedTuple):
+    """Windows of tokens [W, LENGTH + 1]: the teacher's, the students' (the first of the teacher's), the held-out files'."""
+
+    teacher: Tensor
+    transfer: Tensor
+    heldout: Tensor
+
+
+class Steps(NamedTuple):
+    """How much of everything a run does."""
+
+    teacher: int
+    student: int
+    transfer_windows: int
+    heldout_windows: int
+
+    @classmethod
+    def scaled(cls, scale: float) -> Steps:
+        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS)
+        return cls(*(max(least, round(n * scale)) for n, least in zip(full, (8, 8, 2 * BATCH, 2 * EVAL_BATCH))))
+
+
+def prepare(steps: Steps) -> Data:
+    """Corpus, tokenizer and windows."""
+    library = corpus.standard_library()
+    print(f"Python {platform.python_version()} standard library: {library.describe()}")
+    tokenizer = corpus.train_tokenizer(library.train, VOCAB_SIZE)
+    needed = max(steps.teacher * BATCH, steps.transfer_windows)
+    train = corpus.token_windows(tokenizer, library.train, LENGTH, limit=needed)
+    heldout = corpus.token_windows(tokenizer, library.heldout, LENGTH)
+    # evenly over all held-out files
+    picked = torch.linspace(0, len(heldout) - 1, min(steps.heldout_windows, len(heldout))).long()
+    print(
+        f"vocabulary {VOCAB_SIZE:,}; tokens: {len(train) * LENGTH:,} for the teacher, "
+        f"{steps.transfer_windows * LENGTH:,} of them for the students, {len(picked) * LENGTH:,} held out"
+    )
+    return Data(train, train[: steps.transfer_windows], heldout[picked])
+
+
+def train_teacher(data: Data, steps: int) -> transformers.LlamaForCausalLM:
+    model = training.causal_lm(TEACHER, VOCAB_SIZE, LENGTH, SEED)
+
+    def objective(logits: Tensor, rows: Tensor) -> Tensor:
+        return -dk.token_logprobs(logits, data.teacher[rows, 1:], inplace_backward=True).mean()
+
+    training.train(model, data.teacher, objective, steps=steps, batch_size=BATCH, peak_lr=TEACHER_LR, seed=SEED, stage="teacher")
+    return model
+
+
+def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: int):
+    """The trained model and its curve of (step, held-out loss)."""
+    model = training.causal_lm(STUDENT, VOCAB_SIZE, LENGTH, SEED + 1)
+    curve: list[tuple[int, float]] = []
+    some = data.heldout[:: max(1, len(data.heldout) // CURVE_WINDOWS)]
+
+    def objective(logits: Tensor, rows: Tensor) -> Tensor:
+        return student.loss(logits, teacher[rows], data.transfer[rows, 1:], inplace=True)
+
+    def on_step(step: int) -> None:
+        curve.append((step, training.heldout_loss(model, some, EVAL_BATCH).mean().item()))
+
+    training.train(
+        model, data.transfer, objective, steps=steps, batch_size=BATCH, peak_lr=STUDENT_LR, seed=SEED + 1,
+        stage=f"student: {student.name}", every=math.ceil(steps / 8), on_step=on_step,
+    )  # fmt: skip
+    return model, curve
+
+
+def costs(student: Student, model: transformers.LlamaForCausalLM, data: Data, teacher: dk.TeacherTopK) -> measure.LossCosts:
+    """The loss against its eager form on real logits of the trained student."""
+    rows = torch.arange(EVAL_BATCH)
+    with torch.no_grad():
+        logits = model(input_ids=data.transfer[rows, :-1]).logits
+    batch = {"teacher": teacher[rows], "labels": data.transfer[rows, 1:]}
+    ours, inplace = (functools.partial(student.loss, **batch, inplace=flag) for flag in (False, True))
+    return measure.loss_costs(ours, inplace, functools.partial(student.eager, **batch), logits)
+
+
+def result_row(name: str, model: transformers.LlamaForCausalLM, found: training.Comparison) -> dict[str, object]:
+    loss = found.loss.mean()
+    return {
+        "model": name,
+        "params_m": training.parameters_in_millions(model),
+        "loss": loss.item(),
+        "perplexity": loss.exp().item(),
+        "kl": found.kl.mean().item(),
+        "agreement": found.agreement.mean().item(),
+    }
+
+
+def gain_columns(baseline: Tensor, loss: Tensor) -> dict[str, float]:
+    """Mean of (baseline − loss) over held-out windows and its standard error, windows paired."""
+    gain = baseline - loss
+    return {"gain": gain.mean().item(), "gain_se": (gain.std() / len(gain) ** 0.5).item()}
+
+
+def cost_columns(found: measure.LossCosts) -> dict[str, float]:
+    return {
+        "ours_ms": found.ours.ms,
+        "eager_ms": found.eager.ms,
+        "speedup": found.eager.ms / found.ours.ms,
+        "ours_mib": found.ours.extra_mib,
+        "inplace_mib": found.ours_inplace_mib,
+        "eager_mib": found.eager.extra_mib,
+    }
+
+
+def serving_backend() -> str:
+    """The first backend that takes the loss's rows on this machine."""
+    able = {s.backend for s in dk.backends.support(["cpu"]) if s.primitive == "vocab_stats" and s.dtype == "float32" and s.refusal is None}
+    return next(name for name in dk.backends.ORDER if name in able)
+
+
+class Clock:
+    """Wall and CPU seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, float, float]] = []
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def stage(self, name: str) -> None:
+        """Ends a stage: everything since the last call."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.stages.append((name, wall - self._wall, cpu - self._cpu))
+        self._wall, self._cpu = wall, cpu
+
+    def summary(self) -> str:
+        total = [sum(stage[i] for stage in self.stages) for i in (1, 2)]
+        parts = ", ".join(f"{name} {wall:.0f} ({cpu:.0f})" for name, wall, cpu in self.stages)
+        return f"seconds of wall clock (of CPU): {parts}; in all {total[0]:.0f} ({total[1]:.0f})"
+
+
+def run(steps: Steps, folder: Path) -> list[dict[str, object]]:
+    """The whole demo; returns one row per model, the teacher's first."""
+    clock = Clock()
+    data = prepare(steps)
+    clock.stage("corpus and tokenizer")
+    teacher = train_teacher(data, steps.teacher)
+    clock.stage("teacher")
+    # float32: 640 windows of 32 ids and log-probs are 21 MB; dk.store is for captures that do not fit in memory
+    targets = training.capture(teacher, data.transfer, TOP_K, EVAL_BATCH)
+    print(f"captured the top {TOP_K} of {VOCAB_SIZE:,} at {targets.shape.numel():,} tokens: mean teacher mass {targets.mass().mean():.3f}")
+    clock.stage("capture")
+
+    rows, curves, errors = [], {}, []
+    labels_loss = None
+    for student in STUDENTS:
+        model, curves[student.name] = train_student(student, data, targets, steps.student)
+        found = training.compare(model, teacher, data.heldout, EVAL_BATCH, "evaluation")
+        if labels_loss is None:
+            rows.append(result_row("teacher", teacher, training.compare(teacher, teacher, data.heldout, EVAL_BATCH, "evaluation")))
+            labels_loss = found.loss
+        cost = costs(student, model, data, targets)
+        errors.append((cost.value_error, cost.grad_error))
+        gain = gain_columns(labels_loss, found.loss) if student is not STUDENTS[0] else {}
+        rows.append(result_row(student.name, model, found) | gain | cost_columns(cost))
+        clock.stage(student.name)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    report.save(rows, curves, rows[0]["loss"], folder)
+    print(f"\n{report.table(rows, report.QUALITY)}")
+    print(
+        "Nats per token on the held-out files; KL(teacher || student) over the full vocabulary; agreement of the most probable token;\n"
+        "gain: labels-only loss minus this loss, with its standard error over held-out windows (evaluation only: one training seed)."
+    )
+    print(f"\n{report.table(rows[1:], report.COST)}")
+    print(
+        f"Forward + backward of the loss alone on {EVAL_BATCH * LENGTH:,} rows of {VOCAB_SIZE:,} float32 logits "
+        f"({EVAL_BATCH * LENGTH * VOCAB_SIZE * 4 / 2**20:.0f} MiB): medians of {measure.REPEATS} alternating runs, and\n"
+        "the peak of PyTorch's allocator beyond those logits (profiler), with the gradient unless it is written in place.\n"
+        f"Before timing: values agree with PyTorch's to {max(v for v, _ in errors):.0e}, gradients to {max(g for _, g in errors):.0e}."
+    )
+    print(clock.summary())
+    print(f"wrote {folder / 'results.csv'} and {folder / 'results.png'}")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, object]]:
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on steps and tokens (0.05 for a quick look)")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results.csv and results.png")
+    options = parser.parse_args(argv)
+    if not options.steps_scale > 0:
+        parser.error(f"--steps-scale must be positive; got {options.steps_scale}")
+    transformers.logging.set_verbosity_error()
+    print(f"distilkernels {dk.__version__} ({serving_backend()} backend), torch {torch.__version__}, {torch.get_num_threads()} threads")
+    return run(Steps.scaled(options.steps_scale), options.out)
+
+
+if __name__ == "__main__":
+    main()
