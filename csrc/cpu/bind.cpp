@@ -93,6 +93,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);
 #if defined(_OPENMP)
+    forked();
     m.attr("openmp") = true;
 #else
     m.attr("openmp") = false;

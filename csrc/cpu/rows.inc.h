@@ -46,13 +46,22 @@ inline Map map_of(const Head& head) {
 template <class V, Map map>
 struct Transform {
     using F = typename V::F;
-    F scale, temperature, cap, cap_over_t;
+
+    // A constant in two parts: its product with a finite x is rounded once. At |z| = 24 a second rounding is 1e-6 of the gradient.
+    struct Constant {
+        F high, low;
+        explicit Constant(double c) : high(V::set(c)), low(V::set(c - double(typename V::S(c)))) {}
+        F times(F x) const { return V::fma(x, high, x * low); }
+    };
+    F scale, temperature, softcap;
+    Constant cap, cap_over_t;
 
     explicit Transform(const Head& head)
-        : scale(V::set(map == Map::softcap ? head.scale / head.softcap : head.scale)),
+        : scale(V::set(head.scale)),
           temperature(V::set(head.temperature)),
-          cap(V::set(head.softcap)),
-          cap_over_t(V::set(head.softcap / head.temperature)) {}
+          softcap(V::set(head.softcap)),
+          cap(head.softcap),
+          cap_over_t(head.softcap / head.temperature) {}
 
     struct Point {
         F z, at_t1, slope;
@@ -60,8 +69,8 @@ struct Transform {
     Point at(F x) const {
         if constexpr (map == Map::plain) return {x, x, V::set(1)};
         if constexpr (map == Map::affine) return {x * scale / temperature, x * scale, V::set(1)};
-        const F t = tanh_of(V(), x * scale);
-        return {cap_over_t * t, cap * t, V::fma(-t, t, V::set(1))};
+        const F t = tanh_of(V(), x * scale / softcap);
+        return {cap_over_t.times(t), cap.times(t), V::fma(-t, t, V::set(1))};
     }
     F z(F x) const { return at(x).z; }
 };

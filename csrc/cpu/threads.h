@@ -10,6 +10,9 @@
 #endif
 #if defined(_OPENMP)
 #include <omp.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 #endif
 
 #include "types.h"
@@ -48,6 +51,18 @@ private:
     Word saved_;
 };
 
+#if defined(_OPENMP)
+// Of an OpenMP pool a forked child inherits the memory but not the threads, and would wait for them in its first region.
+inline bool& forked() {
+    static bool value = false;
+#if defined(__unix__) || defined(__APPLE__)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { forked() = true; });
+    (void)registered;
+#endif
+    return value;
+}
+#endif
+
 // Below this many logits a second thread costs more (about 5 µs to wake) than it saves.
 constexpr int64_t kSerialLogits = 1 << 15;
 
@@ -56,7 +71,7 @@ void for_rows(const Args& args, int threads, void (*kernel)(const Args&, Scratch
     const int64_t rows = args.logits.count();
 #if defined(_OPENMP)
     const int64_t useful = rows * args.logits.vocab < kSerialLogits ? 1 : rows;
-    const int team = int(std::min<int64_t>(threads, useful));
+    const int team = forked() ? 1 : int(std::min<int64_t>(threads, useful));
     if (team > 1) {
         std::vector<Scratch> scratch(team, Scratch(args));
 #pragma omp parallel num_threads(team)
@@ -68,7 +83,6 @@ void for_rows(const Args& args, int threads, void (*kernel)(const Args&, Scratch
         return;
     }
 #endif
-    // no OpenMP region: in a child forked after the parent used one, it would wait for threads that do not exist
     Scratch scratch(args);
     const FlushDenormals flush;
     kernel(args, scratch, 0, rows);
