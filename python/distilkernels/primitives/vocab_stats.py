@@ -73,7 +73,7 @@ DEFAULT_WANT = ("lse", "gathered")
 _NEEDS_IDS = ("gathered", "tail_lse", "rank", "mass_above")
 _PER_SLOT = ("gathered", "rank", "mass_above")
 _INTEGER = ("finite_count", "argmax", "rank")
-_DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
+DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
 
 
 def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
@@ -90,12 +90,12 @@ def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
     return tuple(name for name in WANTS if name in want)
 
 
-def _computed(want: tuple[str, ...], has_ids: bool) -> tuple[str, ...]:
+def computed(want: tuple[str, ...], has_ids: bool) -> tuple[str, ...]:
     """What the kernel computes for `want`: also what the backward of it will need."""
     names = set(want)
     if names & {"tail_lse", "expected_logit", "mass_above"}:
         names.add("lse")
-    if has_ids and names & set(_DIFFERENTIABLE):
+    if has_ids and names & set(DIFFERENTIABLE):
         names.add("gathered")
     if "logit_sum" in names:
         names.add("finite_count")
@@ -220,7 +220,7 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
     """
     upstream = next(iter(grads.values()))
     zero = upstream.new_zeros(upstream.shape[0], dtype=row_dtype(upstream.device))
-    g = {name: grads.get(name) for name in _DIFFERENTIABLE}
+    g = {name: grads.get(name) for name in DIFFERENTIABLE}
     g_lse, g_mu, tail = g["lse"], g["expected_logit"], g["tail_lse"]
     lse, mu = stats.get("lse", zero), stats.get("expected_logit")
 
@@ -268,7 +268,7 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
     return ids, entries.to(stats["gathered"].dtype), coef, terms
 
 
-def _forward(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: tuple[str, ...], head: Head, backend: str | None):
+def statistics(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: tuple[str, ...], head: Head, backend: str | None):
     if names == ("gathered",):
         return {"gathered": gather_logits(logits, without_duplicates(ids, logits.shape[2]), head)}
     launch = resolve("vocab_stats", logits, ids, backend=backend)
@@ -278,7 +278,9 @@ def _forward(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, name
     return out
 
 
-def _backward(logits: Tensor, ids, entries, coef: Tensor, terms, head: Head, backend: str | None, sparse: bool, inplace: bool) -> Tensor:
+def logits_grad(
+    logits: Tensor, ids, entries, coef: Tensor, terms, head: Head, backend: str | None, sparse: bool, inplace: bool
+) -> Tensor:  # fmt: skip
     """d logits [O, I, V]; `sparse`: nothing but the entries can be nonzero, so the vocabulary axis is not read."""
     if sparse:
         out = logits.zero_() if inplace else lazy_zeros(tuple(logits.shape), logits.dtype, logits.device)
@@ -300,12 +302,12 @@ def _save(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Te
 def _prepare(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor]) -> None:
     _save(ctx, logits, ids, names, head, backend, inplace, outputs)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in _DIFFERENTIABLE))
+    ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in DIFFERENTIABLE))
 
 
 def _grad_of_logits(ctx, saved_tensors, grads, launch) -> Tensor | None:
     logits, ids, *saved = saved_tensors
-    grads = {name: g for name, g in zip(ctx.names, grads) if g is not None and name in _DIFFERENTIABLE}
+    grads = {name: g for name, g in zip(ctx.names, grads) if g is not None and name in DIFFERENTIABLE}
     if not grads:
         return None
     ids, entries, coef, terms = dense_coefficients(dict(zip(ctx.saved_names, saved)), grads, ids, ctx.head)
@@ -328,7 +330,7 @@ class _Once(torch.autograd.Function):
 class _VocabStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, thresholds, names, head, backend, inplace):
-        outputs = _forward(logits, ids, thresholds, names, head, backend)
+        outputs = statistics(logits, ids, thresholds, names, head, backend)
         _prepare(ctx, logits, ids, names, head, backend, inplace, outputs)
         return tuple(outputs.values())
 
@@ -337,7 +339,7 @@ class _VocabStats(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         with torch.no_grad():
             saved = ctx.saved_tensors
-            grad = _grad_of_logits(ctx, saved, grads, _backward if plain_eager(saved[0]) else _op_launch)
+            grad = _grad_of_logits(ctx, saved, grads, logits_grad if plain_eager(saved[0]) else _op_launch)
             if grad is not None and ctx.inplace:
                 torch.autograd.graph.increment_version(saved[0])
                 grad = grad.detach()
@@ -351,7 +353,7 @@ class _Transformable(_VocabStats):
 
     @staticmethod
     def forward(logits, ids, thresholds, names, head, backend, inplace):
-        return tuple(_forward(logits, ids, thresholds, names, head, backend).values())
+        return tuple(statistics(logits, ids, thresholds, names, head, backend).values())
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -372,7 +374,7 @@ def _op(
     temperature: float, logit_scale: float, softcap: float | None, valid_vocab: int | None, backend: str | None,
 ) -> list[Tensor]:  # fmt: skip
     head = _head_of(temperature, logit_scale, softcap, valid_vocab)
-    return list(_forward(logits, ids, thresholds, tuple(names.split(",")), head, backend).values())
+    return list(statistics(logits, ids, thresholds, tuple(names.split(",")), head, backend).values())
 
 
 @_op.register_fake
@@ -386,7 +388,7 @@ def _op_backward(
     temperature: float, logit_scale: float, softcap: float | None, valid_vocab: int | None, backend: str | None,
 ) -> Tensor:  # fmt: skip
     head = _head_of(temperature, logit_scale, softcap, valid_vocab)
-    return _backward(logits, ids, entries, coef, tuple(t for t in terms.split(",") if t), head, backend, sparse, False)
+    return logits_grad(logits, ids, entries, coef, tuple(t for t in terms.split(",") if t), head, backend, sparse, False)
 
 
 @_op_backward.register_fake
@@ -419,7 +421,7 @@ def row_stats(
     thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False,
 ) -> VocabStats:  # fmt: skip
     """Statistics of logits [..., V] at ids [N, K], flat ([N] and [N, K]), rows in fp64. Arguments are already checked."""
-    names = _computed(want, ids is not None)
+    names = computed(want, ids is not None)
     if not names:
         return VocabStats()
     rows = rows_of(logits)
@@ -430,7 +432,7 @@ def row_stats(
         values = _op(rows, ids, thresholds, ",".join(names), *head, backend)
     found = dict(zip(names, values))
     return VocabStats(**{
-        name: t if name in _DIFFERENTIABLE else t.detach()
+        name: t if name in DIFFERENTIABLE else t.detach()
         for name, t in found.items()
         if name in want or (name == "finite_count" and "logit_sum" in want)
     })  # fmt: skip
@@ -474,8 +476,9 @@ def vocab_stats(
     if ids is not None:
         ids = checked_ids(ids, lead, logits.shape[-1], logits.device)
     stats = row_stats(logits, ids, want, head, backend=backend)
-    return VocabStats(*(t if t is None else _presented(t, logits.dtype).view(*lead, *t.shape[1:]) for t in stats))
+    return VocabStats(*(t if t is None else presented(t, logits.dtype).view(*lead, *t.shape[1:]) for t in stats))
 
 
-def _presented(t: Tensor, dtype: torch.dtype) -> Tensor:
+def presented(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What users see: float32, or float64 for float64 inputs."""
     return t if not t.is_floating_point() or dtype == torch.float64 else t.float()
