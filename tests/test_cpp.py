@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from distilkernels.backends import cpp
 from distilkernels.primitives.head import Head
 from distilkernels.primitives.vocab_stats import VocabStats, _allocate, reference, reference_backward
@@ -78,7 +77,9 @@ def rows(outer, inner, vocab, k, dtype, spread=3.0, seed=0):
 
 
 def stats(launch, x, ids, head, names=EVERYTHING, thresholds=None):
-    out = _allocate(x, ids, names if ids is not None else tuple(n for n in names if n not in ("gathered", "tail_lse", "rank", "mass_above")))
+    if ids is None:
+        names = tuple(name for name in names if name not in ("gathered", "tail_lse", "rank", "mass_above"))
+    out = _allocate(x, ids, names)
     for t in out.values():
         t.fill_(-12345)
     launch(x, ids, thresholds, head, out)
@@ -118,7 +119,7 @@ def assert_statistics(x, ids, head, ours, expected=None):
             assert_as_good(name, ours[name], same[name], truth[name], scale, slack)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def statistics_case(shape, dtype, name, spread):
     """Rows and what the reference says of them, once for all instruction sets."""
     (x, ids), head = rows(*shape, dtype, spread), head_of(name, shape[2])
@@ -288,7 +289,7 @@ def gradient(launch, x, ids, entries, coef, terms, head, out):
     return out
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def backward_case(shape, dtype, name, terms):
     x, ids = rows(*shape, dtype)
     n, head, ids = shape[0] * shape[1], head_of(name, shape[2]), _distinct(ids)

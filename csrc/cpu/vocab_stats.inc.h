@@ -132,9 +132,8 @@ int64_t first_at_least(const T* x, int64_t begin, int64_t columns, const uint64_
     return -1;
 }
 
-// Distinct ids into scratch.ids, their bits into scratch.hidden, their z into scratch.z.
-template <class V, Map map, class T>
-void gather(const VocabStats& a, Scratch& s, int64_t r, const T* x, const Transform<V, map>& f) {
+// Distinct ids into scratch.ids, their bits into scratch.hidden.
+inline void mark(const VocabStats& a, Scratch& s, int64_t r) {
     const int64_t k = int64_t(s.ids.size());
     for (int64_t slot = 0; slot < k; ++slot) {
         const int64_t id = a.ids.at(r * k + slot);
@@ -144,6 +143,12 @@ void gather(const VocabStats& a, Scratch& s, int64_t r, const T* x, const Transf
         if (fresh) s.hidden[id / 64] |= bit;
         s.ids[slot] = fresh ? id : -1;
     }
+}
+
+// z at the distinct ids into scratch.z. After the sweep: the row is then in the second-level cache.
+template <class V, Map map, class T>
+void gather(const VocabStats& a, Scratch& s, const T* x, const Transform<V, map>& f) {
+    const int64_t k = int64_t(s.ids.size());
     for (int64_t slot = 0; slot < k; slot += V::width) {
         const int64_t n = std::min<int64_t>(V::width, k - slot);
         T raw[V::width] = {};
@@ -267,8 +272,9 @@ void stats_rows(const VocabStats& a, Scratch& s, int64_t begin, int64_t end) {
 
     for (int64_t r = begin; r < end; ++r) {
         const T* x = a.logits.row<const T>(r);
-        gather<V, map>(a, s, r, x, f);
+        mark(a, s, r);
         Sums tail = sweep<V, signals, map>(x, columns, s.hidden.data(), f);
+        gather<V, map>(a, s, x, f);
         for (double z : s.z) tail.nan |= std::isnan(z);
 
         double top = tail.top;
