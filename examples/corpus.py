@@ -21,7 +21,7 @@ END_OF_FILE = "<|endoftext|>"
 # other people's packages; tests, which repeat the modules they test; tables of characters
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__"}
 # one long file must not be half of a split
-MAX_FILE_BYTES = 64 * 1024
+MAX_FILE_CHARACTERS = 64 * 1024
 
 
 class Document(NamedTuple):
@@ -39,15 +39,15 @@ class Corpus(NamedTuple):
 
     def describe(self) -> str:
         sizes = [sum(len(d.text) for d in split) / 1e6 for split in self]
-        return f"{len(self.train)} files ({sizes[0]:.1f} MB) to train on, {len(self.heldout)} files ({sizes[1]:.1f} MB) held out"
+        return f"{len(self.train)} files ({sizes[0]:.1f} M characters) to train on, {len(self.heldout)} files ({sizes[1]:.1f} M) held out"
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_documents(folder: Path, max_bytes: int) -> list[Document]:
-    """Readable UTF-8 modules under `folder`, each content once, up to `max_bytes` of text.
+def read_documents(folder: Path, max_characters: int) -> list[Document]:
+    """Readable UTF-8 modules under `folder`, each content once, up to `max_characters` in all.
 
     The order is that of a hash of the path: the same on every machine, whatever order the file system lists, and any
     prefix of it is a sample of the whole library.
@@ -61,25 +61,25 @@ def read_documents(folder: Path, max_bytes: int) -> list[Document]:
             text = raw.decode("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        text = text[:MAX_FILE_BYTES].replace("\r\n", "\n")
+        text = text[:MAX_FILE_CHARACTERS].replace("\r\n", "\n")
         content = _digest(text)
         if not text.strip() or content in seen:
             continue
         seen.add(content)
         documents.append(Document(name, text))
         size += len(text)
-        if size >= max_bytes:
+        if size >= max_characters:
             break
     return documents
 
 
-def standard_library(max_bytes: int = 6_000_000, heldout_every: int = 12, folder: Path | None = None) -> Corpus:
+def standard_library(max_characters: int = 6_000_000, heldout_every: int = 12, folder: Path | None = None) -> Corpus:
     """The standard library split by file: one file in `heldout_every` is held out.
 
     Raises FileNotFoundError where the installation has no readable sources (a zipped standard library).
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if folder is None else folder
-    documents = read_documents(folder, max_bytes)
+    documents = read_documents(folder, max_characters)
     if len(documents) < 2 * heldout_every:
         raise FileNotFoundError(f"found {len(documents)} readable Python sources under {folder}; at least {2 * heldout_every} are needed")
     heldout = documents[::heldout_every]

@@ -38,7 +38,7 @@ BATCH = 4
 EVAL_BATCH = 8
 TEACHER = training.Size(hidden=192, layers=4)
 STUDENT = training.Size(hidden=96, layers=2)
-TEACHER_STEPS = 800
+TEACHER_STEPS = 1000
 STUDENT_STEPS = 480
 TEACHER_LR = 3e-3
 STUDENT_LR = 4e-3
@@ -48,7 +48,6 @@ HELDOUT_WINDOWS = 240
 CURVE_WINDOWS = 64
 TOP_K = 32
 CE_WEIGHT = 0.5
-SEED = 0
 
 
 class Student(NamedTuple):
@@ -123,19 +122,19 @@ def prepare(steps: Steps) -> Data:
     return Data(train, train[: steps.transfer_windows], heldout[picked])
 
 
-def train_teacher(data: Data, steps: int) -> transformers.LlamaForCausalLM:
-    model = training.causal_lm(TEACHER, VOCAB_SIZE, LENGTH, SEED)
+def train_teacher(data: Data, steps: int, seed: int) -> transformers.LlamaForCausalLM:
+    model = training.causal_lm(TEACHER, VOCAB_SIZE, LENGTH, seed)
 
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
         return -dk.token_logprobs(logits, data.teacher[rows, 1:], inplace_backward=True).mean()
 
-    training.train(model, data.teacher, objective, steps=steps, batch_size=BATCH, peak_lr=TEACHER_LR, seed=SEED, stage="teacher")
+    training.train(model, data.teacher, objective, steps=steps, batch_size=BATCH, peak_lr=TEACHER_LR, seed=seed, stage="teacher")
     return model
 
 
-def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: int):
-    """The trained model and its curve of (step, held-out loss)."""
-    model = training.causal_lm(STUDENT, VOCAB_SIZE, LENGTH, SEED + 1)
+def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: int, seed: int):
+    """The trained model and its curve of (step, held-out loss); `seed` gives the initial weights and the order of the batches."""
+    model = training.causal_lm(STUDENT, VOCAB_SIZE, LENGTH, seed)
     curve: list[tuple[int, float]] = []
     some = data.heldout[:: max(1, len(data.heldout) // CURVE_WINDOWS)]
 
@@ -146,7 +145,7 @@ def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: 
         curve.append((step, training.heldout_loss(model, some, EVAL_BATCH).mean().item()))
 
     training.train(
-        model, data.transfer, objective, steps=steps, batch_size=BATCH, peak_lr=STUDENT_LR, seed=SEED + 1,
+        model, data.transfer, objective, steps=steps, batch_size=BATCH, peak_lr=STUDENT_LR, seed=seed,
         stage=f"student: {student.name}", every=math.ceil(steps / 8), on_step=on_step,
     )  # fmt: skip
     return model, curve
@@ -216,12 +215,12 @@ class Clock:
         return f"seconds of wall clock (of CPU): {parts}; in all {total[0]:.0f} ({total[1]:.0f})"
 
 
-def run(steps: Steps, folder: Path) -> list[dict[str, object]]:
+def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     """The whole demo; returns one row per model, the teacher's first."""
     clock = Clock()
     data = prepare(steps)
     clock.stage("corpus and tokenizer")
-    teacher = train_teacher(data, steps.teacher)
+    teacher = train_teacher(data, steps.teacher, seed)
     clock.stage("teacher")
     # float32: 640 windows of 32 ids and log-probs are 21 MB; dk.store is for captures that do not fit in memory
     targets = training.capture(teacher, data.transfer, TOP_K, EVAL_BATCH)
@@ -231,7 +230,7 @@ def run(steps: Steps, folder: Path) -> list[dict[str, object]]:
     rows, curves, errors = [], {}, []
     labels_loss = None
     for student in STUDENTS:
-        model, curves[student.name] = train_student(student, data, targets, steps.student)
+        model, curves[student.name] = train_student(student, data, targets, steps.student, seed + 1)
         found = training.compare(model, teacher, data.heldout, EVAL_BATCH, "evaluation")
         if labels_loss is None:
             rows.append(result_row("teacher", teacher, training.compare(teacher, teacher, data.heldout, EVAL_BATCH, "evaluation")))
@@ -265,12 +264,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on steps and tokens (0.05 for a quick look)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for results.csv and results.png")
+    parser.add_argument("--seed", type=int, default=0, help="initial weights and order of the batches, to see the spread between runs")
     options = parser.parse_args(argv)
     if not options.steps_scale > 0:
         parser.error(f"--steps-scale must be positive; got {options.steps_scale}")
     transformers.logging.set_verbosity_error()
     print(f"distilkernels {dk.__version__} ({serving_backend()} backend), torch {torch.__version__}, {torch.get_num_threads()} threads")
-    return run(Steps.scaled(options.steps_scale), options.out)
+    return run(Steps.scaled(options.steps_scale), options.out, options.seed)
 
 
 if __name__ == "__main__":
