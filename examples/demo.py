@@ -44,8 +44,7 @@ TEACHER_LR = 3e-3
 STUDENT_LR = 4e-3
 # the students' transfer set, in windows; the teacher has TEACHER_STEPS · BATCH of them
 TRANSFER_WINDOWS = 640
-HELDOUT_WINDOWS = 240
-CURVE_WINDOWS = 64
+HELDOUT_WINDOWS = 160
 TOP_K = 32
 CE_WEIGHT = 0.5
 
@@ -136,13 +135,12 @@ def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: 
     """The trained model and its curve of (step, held-out loss); `seed` gives the initial weights and the order of the batches."""
     model = training.causal_lm(STUDENT, VOCAB_SIZE, LENGTH, seed)
     curve: list[tuple[int, float]] = []
-    some = data.heldout[:: max(1, len(data.heldout) // CURVE_WINDOWS)]
 
     def objective(logits: Tensor, rows: Tensor) -> Tensor:
         return student.loss(logits, teacher[rows], data.transfer[rows, 1:], inplace=True)
 
     def on_step(step: int) -> None:
-        curve.append((step, training.heldout_loss(model, some, EVAL_BATCH).mean().item()))
+        curve.append((step, training.heldout_loss(model, data.heldout, EVAL_BATCH).mean().item()))
 
     training.train(
         model, data.transfer, objective, steps=steps, batch_size=BATCH, peak_lr=STUDENT_LR, seed=seed,
