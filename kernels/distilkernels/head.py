@@ -98,8 +98,13 @@ class Launch(NamedTuple):
     arguments: dict[str, object]
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, object]:
+        """The compiler's: fp fusion is named because its default differs between triton's releases."""
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps)
+        self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def on_device_of(tensor: Tensor):

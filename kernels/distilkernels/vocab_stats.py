@@ -1,7 +1,7 @@
 """``vocab_stats`` in Triton: one read of the logits forward, one read and one write backward.
 
 Forward, three launches:
-    _ids_kernel    ids [N, K] → distinct ids in their slots, and the same ids in ascending order;
+    _ids_kernel    ids [N, K] → distinct ids in their slots, and the ids in ascending order (ids.py);
     _pass_kernel   a span of a row → sums over v ∉ S, relative to the span's own maximum (the only read of the logits);
     _row_kernel    the spans of a row and its K entries → the statistics, in double.
 Rows are cut into spans of a fixed number of bytes, so a row's bits depend on V and the dtype, not on N, and few rows
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.boundary import without_duplicates
 from ..primitives.head import Head
 from .head import Launch, exp, head_arguments, on_device_of, row_offset, row_strides, tempered, untempered
+from .ids import _NO_ID, COUNTED, ordered_ids
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Config:
     # 14 µs of a CTA's share of the bandwidth: a start and an end of about 1 µs are hidden, and 512 rows of 151,936
     # 16-bit logits are 2,560 programs, over two waves
     span_bytes: int = 1 << 16
-    # ids are ordered by counting, O(K²) compares a row: 5% of the forward at K = 256. Above it, torch.sort
-    counted_ids: int = 256
+    # more ids a row than this are ordered by torch.sort
+    counted_ids: int = COUNTED
     # thresholds per program of rank and mass_above: [slots, tile] predicates stay in registers
     slots: int = 8
     # entries of a row handled at once in _row_kernel: its [32, 32] doubles are 64 registers on one warp
@@ -55,7 +55,6 @@ CONFIG = Config()
 # fields of one span's record, in doubles
 _FIELDS = tl.constexpr(8)
 _MAX, _SUM, _WEIGHTED, _SUM_T1, _LOGITS, _FINITE, _COLUMN = (tl.constexpr(i) for i in range(7))
-_NO_ID = tl.constexpr(2**31 - 1)
 _INF = tl.constexpr(math.inf)
 _NAN = tl.constexpr(math.nan)
 # stands for −∞ where 0·(−∞) must be 0: its exponential is 0 and its product with a sum stays finite
@@ -119,30 +118,6 @@ def _finite_sum(z):
 @triton.jit
 def _weighted(w, d):
     return w * tl.maximum(d, _FAR)
-
-
-@triton.jit
-def _ids_kernel(ids, distinct, order, vocab, k, SLOTS: tl.constexpr, STEP: tl.constexpr):
-    """distinct: ids in their slots, −1 for a repetition and for what is out of range. order: ascending, _NO_ID last.
-
-    Repetitions stay in `order`: taking an entry out twice is taking it out.
-    """
-    row = tl.program_id(0).to(tl.int64) * k
-    slot = tl.arange(0, SLOTS)
-    id = tl.load(ids + row + slot, mask=slot < k, other=-1)
-    id = tl.where((id >= 0) & (id < vocab), id, _NO_ID).to(tl.int32)
-    place = tl.zeros([SLOTS], tl.int32)
-    repeats = tl.zeros([SLOTS], tl.int32)
-    for first in range(0, SLOTS, STEP):
-        others = first + tl.arange(0, STEP)
-        other = tl.load(ids + row + others, mask=others < k, other=-1)
-        other = tl.where((other >= 0) & (other < vocab), other, _NO_ID).to(tl.int32)
-        earlier = (other[None, :] == id[:, None]) & (others[None, :] < slot[:, None])
-        repeats += tl.sum(earlier.to(tl.int32), 1)
-        place += tl.sum((earlier | (other[None, :] < id[:, None])).to(tl.int32), 1)
-    tl.store(distinct + row + slot, tl.where((repeats == 0) & (id < vocab), id, -1), mask=slot < k)
-    if order is not None:
-        tl.store(order + row + place, id, mask=slot < k)
 
 
 @triton.jit
@@ -360,7 +335,7 @@ def _row_kernel(
     if argmax is not None:
         tl.store(argmax + row, tl.where(bad, -1.0, column).to(tl.int64))
 
-    if (gathered is not None) or (rank is not None) or (mass_above is not None):
+    if distinct is not None:
         for first in range(0, k, WIDTH):
             slot = first + tl.arange(0, WIDTH)
             ids, bars = _entries(line, distinct, slot, k, columns, scale, cap, inv_t, HEAD)
@@ -392,20 +367,6 @@ def _row_kernel(
 # ------------------------------------------------------------------------------------------------ host
 
 
-def ordered_ids(ids: Tensor, vocab: int, ordered: bool, config: Config) -> tuple[Tensor, Tensor | None, list[Launch]]:
-    """(distinct, order, launches) of ids [N, K], as _ids_kernel defines them; order is None unless `ordered`."""
-    n, k = ids.shape
-    if k > config.counted_ids:
-        distinct = without_duplicates(ids, vocab).to(torch.int32)
-        order = distinct.masked_fill(distinct < 0, _NO_ID.value).sort(-1).values if ordered else None
-        return distinct, order, []
-    distinct = torch.empty((n, k), dtype=torch.int32, device=ids.device)
-    order = torch.empty_like(distinct) if ordered else None
-    slots = max(triton.next_power_of_2(k), 16)
-    arguments = {"ids": ids, "distinct": distinct, "order": order, "vocab": vocab, "k": k, "SLOTS": slots, "STEP": 16}
-    return distinct, order, [Launch(_ids_kernel, n, arguments, 1 if slots <= 64 else 4)]
-
-
 def forward_launches(
     logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, head: Head, out: dict[str, Tensor], config: Config = CONFIG
 ) -> list[Launch]:
@@ -415,7 +376,7 @@ def forward_launches(
     k = 0 if ids is None else ids.shape[1]
     distinct, order, launches = ids, None, []
     if k:
-        distinct, order, launches = ordered_ids(ids, vocab, "tail_lse" in out, config)
+        distinct, order, launches = ordered_ids(ids, vocab, "tail_lse" in out, config.counted_ids)
     per_slot = k > 0 and ("rank" in out or "mass_above" in out)
     chunk = min(triton.next_power_of_2(k), config.slots) if per_slot else 0
     chunks = triton.cdiv(k, chunk) if per_slot else 1
