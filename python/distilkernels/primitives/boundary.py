@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import mmap
 
-import numpy as np
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -73,12 +71,3 @@ def without_duplicates(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     invalid = torch.empty_like(repeated).scatter_(1, order, repeated) | (ids < 0) | (ids >= vocab_size)
     return ids.masked_fill(invalid, -1)
-
-
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros whose pages exist only once they are written: calloc on a CPU, an ordinary fill elsewhere."""
-    count = math.prod(shape)
-    if device.type != "cpu" or count * dtype.itemsize < 16 * mmap.PAGESIZE:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    integer = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
-    return torch.from_numpy(np.zeros(count, integer)).view(dtype).view(shape)

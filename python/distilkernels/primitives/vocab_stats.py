@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .boundary import checked_ids, lazy_zeros, plain_eager, rows_of, without_duplicates
+from .boundary import checked_ids, plain_eager, rows_of, without_duplicates
 from .head import Head
+from .memory import lazy_zeros, recycled_empty
 
 
 class VocabStats(NamedTuple):
@@ -287,7 +288,7 @@ def logits_grad(
         slots = (*logits.shape[:2], ids.shape[1])
         # an addition, so that a skipped slot may aim at column 0 with a zero
         return out.scatter_add_(2, ids.clamp(min=0).long().view(slots), entries.masked_fill(ids < 0, 0).to(out.dtype).view(slots))
-    out = logits if inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = logits if inplace else recycled_empty(tuple(logits.shape), logits.dtype, logits.device)
     if logits.numel():
         resolve("vocab_stats_backward", logits, ids, backend=backend)(logits, ids, entries, coef, terms, head, out)
     return out
