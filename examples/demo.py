@@ -250,7 +250,7 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     print(
         f"Forward + backward of the loss alone on {EVAL_BATCH * LENGTH:,} rows of {VOCAB_SIZE:,} float32 logits "
         f"({EVAL_BATCH * LENGTH * VOCAB_SIZE * 4 / 2**20:.0f} MiB): medians of {measure.REPEATS} alternating runs, and\n"
-        "the peak of PyTorch's allocator beyond those logits (profiler), with the gradient unless it is written in place.\n"
+        "the peak of allocated memory beyond those logits (torch.profiler), with the gradient unless it is written in place.\n"
         f"Before timing: values agree with PyTorch's to {max(v for v, _ in errors):.0e}, gradients to {max(g for _, g in errors):.0e}."
     )
     print(clock.summary())

@@ -84,18 +84,25 @@ def _milliseconds(loss: Loss, logits: Tensor) -> float:
 
 
 def extra_mib(loss: Loss, logits: Tensor) -> float:
-    """Peak of what PyTorch's allocator holds during forward and backward beyond what was there before, gradient included."""
+    """Peak of what is allocated during forward and backward beyond what was there before, gradient included.
+
+    PyTorch's allocator reports each allocation to the profiler. A gradient in memory of its own that the allocator did
+    not hand out (the package recycles large buffers on a CPU) is added in full.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         leaf = logits.detach().clone().requires_grad_()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             loss(leaf).backward()
         profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["args"]["Ev Idx"]):
-        held += event["args"]["Bytes"]
+    for event in sorted(events, key=lambda e: e["Ev Idx"]):
+        held += event["Bytes"]
         peak = max(peak, held)
+    gradient = leaf.grad.untyped_storage()
+    if gradient.data_ptr() not in {leaf.untyped_storage().data_ptr(), *(e["Addr"] for e in events)}:
+        peak += gradient.nbytes()
     return peak / 2**20
 
 
