@@ -38,7 +38,7 @@ BATCH = 4
 EVAL_BATCH = 8
 TEACHER = training.Size(hidden=192, layers=4)
 STUDENT = training.Size(hidden=96, layers=2)
-TEACHER_STEPS = 1000
+TEACHER_STEPS = 700
 STUDENT_STEPS = 480
 TEACHER_LR = 3e-3
 STUDENT_LR = 4e-3
