@@ -18,7 +18,7 @@ from ..errors import BackendError
 
 ORDER = ("cuda", "triton", "cpp", "reference")
 
-PRIMITIVES = ("vocab_stats", "vocab_stats_backward")
+PRIMITIVES = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad")
 
 
 def module(name: str) -> ModuleType:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from ..primitives.gather_dot import reference as gather_dot
+from ..primitives.gather_dot import reference_hidden_grad as gather_dot_hidden_grad
+from ..primitives.gather_dot import reference_weight_grad as gather_dot_weight_grad
 from ..primitives.vocab_stats import reference as vocab_stats
 from ..primitives.vocab_stats import reference_backward as vocab_stats_backward
 
-__all__ = ["vocab_stats", "vocab_stats_backward", "why_not"]
+__all__ = [
+    "gather_dot",
+    "gather_dot_hidden_grad",
+    "gather_dot_weight_grad",
+    "vocab_stats",
+    "vocab_stats_backward",
+    "why_not",
+]
 
 
 def why_not(primitive: str, *tensors) -> str | None:
