@@ -21,6 +21,7 @@ using Pointer = uintptr_t;
 using Shape = std::array<int64_t, 5>;                      // outer, inner, vocab, outer stride, inner stride
 using HeadNumbers = std::tuple<double, double, double, int64_t>;  // temperature, scale, softcap or 0, columns
 using IdNumbers = std::tuple<Pointer, bool, int64_t>;       // data, int64, K
+using MatrixNumbers = std::tuple<int, Pointer, int64_t, int64_t, int64_t>;  // dtype, data, rows, columns, stride
 
 template <class T>
 T* at(Pointer p) {
@@ -30,6 +31,7 @@ T* at(Pointer p) {
 Rows rows(Pointer data, const Shape& s) { return {at<void>(data), s[0], s[1], s[2], s[3], s[4]}; }
 Head head(const HeadNumbers& h) { return {std::get<0>(h), std::get<1>(h), std::get<2>(h), std::get<3>(h)}; }
 Ids ids(const IdNumbers& i) { return {at<void>(std::get<0>(i)), std::get<1>(i), std::get<2>(i)}; }
+Matrix matrix(const MatrixNumbers& m) { return {DType(std::get<0>(m)), at<void>(std::get<1>(m)), std::get<2>(m), std::get<3>(m), std::get<4>(m)}; }
 
 void stats(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, Pointer thresholds, const HeadNumbers& h, int threads,
            const std::array<Pointer, 11>& out) {
@@ -51,7 +53,7 @@ void stats(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, P
     a.rank = at<int64_t>(out[9]);
     a.mass_above = at<void>(out[10]);
     py::gil_scoped_release release;
-    for_rows(a, threads, kernels().vocab_stats);
+    for_items(a, threads, kernels().vocab_stats);
 }
 
 // Before the first touch of a large fresh tensor: faulting it in by 4 KiB pages runs at 3 GB/s.
@@ -80,7 +82,26 @@ void stats_backward(int dtype, Pointer logits, const Shape& shape, const IdNumbe
     a.out = rows(out, out_shape);
     py::gil_scoped_release release;
     if (out != logits) advise_huge_pages(a.out, itemsize[dtype]);
-    for_rows(a, threads, kernels().vocab_stats_backward);
+    for_items(a, threads, kernels().vocab_stats_backward);
+}
+
+void products(const MatrixNumbers& hidden, const MatrixNumbers& weight, const IdNumbers& id, int threads, Pointer out) {
+    const GatherDot a{matrix(hidden), matrix(weight), ids(id), at<void>(out)};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().gather_dot);
+}
+
+void products_hidden_grad(int operand, Pointer grad, const MatrixNumbers& weight, const IdNumbers& id, int64_t rows, int threads, Pointer out) {
+    const GatherDotHiddenGrad a{DType(operand), at<void>(grad), matrix(weight), ids(id), rows, at<void>(out)};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().gather_dot_hidden_grad);
+}
+
+void products_weight_grad(Pointer grad, int64_t slots, const MatrixNumbers& hidden, Pointer order, Pointer targets, int64_t pairs, int threads,
+                          const MatrixNumbers& out) {
+    const GatherDotWeightGrad a{at<void>(grad), slots, matrix(hidden), at<int64_t>(order), at<int64_t>(targets), pairs, matrix(out)};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().gather_dot_weight_grad);
 }
 
 }  // namespace
@@ -89,6 +110,9 @@ PYBIND11_MODULE(_cpp, m) {
     m.doc() = "CPU kernels on raw pointers; see distilkernels.backends.cpp";
     m.def("vocab_stats", &stats);
     m.def("vocab_stats_backward", &stats_backward);
+    m.def("gather_dot", &products);
+    m.def("gather_dot_hidden_grad", &products_hidden_grad);
+    m.def("gather_dot_weight_grad", &products_weight_grad);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);

@@ -8,10 +8,13 @@
 
 namespace distilkernels {
 
-// Each works on rows [begin, end).
+// Each works on items [begin, end): rows, or the pairs of gather_dot_weight_grad.
 struct Kernels {
     void (*vocab_stats)(const VocabStats&, Scratch&, int64_t begin, int64_t end);
     void (*vocab_stats_backward)(const VocabStatsBackward&, Scratch&, int64_t begin, int64_t end);
+    void (*gather_dot)(const GatherDot&, Scratch&, int64_t begin, int64_t end);
+    void (*gather_dot_hidden_grad)(const GatherDotHiddenGrad&, Scratch&, int64_t begin, int64_t end);
+    void (*gather_dot_weight_grad)(const GatherDotWeightGrad&, Scratch&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

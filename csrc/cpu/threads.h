@@ -1,4 +1,4 @@
-// Splits rows among threads. A row is never split, so its bits do not depend on the batch or on the thread count.
+// Splits rows (or segments) among threads. None is ever split, so its bits do not depend on the batch or on the thread count.
 #pragma once
 
 #include <algorithm>
@@ -63,14 +63,14 @@ inline bool& forked() {
 }
 #endif
 
-// Below this many logits a second thread costs more (about 5 µs to wake) than it saves.
-constexpr int64_t kSerialLogits = 1 << 15;
+// Below this many numbers a second thread costs more (about 5 µs to wake) than it saves.
+constexpr int64_t kSerialNumbers = 1 << 15;
 
 template <class Args>
-void for_rows(const Args& args, int threads, void (*kernel)(const Args&, Scratch&, int64_t, int64_t)) {
-    const int64_t rows = args.logits.count();
+void for_items(const Args& args, int threads, void (*kernel)(const Args&, Scratch&, int64_t, int64_t)) {
+    const int64_t items = args.items();
 #if defined(_OPENMP)
-    const int64_t useful = rows * args.logits.vocab < kSerialLogits ? 1 : rows;
+    const int64_t useful = args.numbers() < kSerialNumbers ? 1 : items;
     const int team = forked() ? 1 : int(std::min<int64_t>(threads, useful));
     if (team > 1) {
         std::vector<Scratch> scratch(team, Scratch(args));
@@ -78,14 +78,14 @@ void for_rows(const Args& args, int threads, void (*kernel)(const Args&, Scratch
         {
             const FlushDenormals flush;
             const int64_t index = omp_get_thread_num(), size = omp_get_num_threads();
-            kernel(args, scratch[index], rows * index / size, rows * (index + 1) / size);
+            kernel(args, scratch[index], items * index / size, items * (index + 1) / size);
         }
         return;
     }
 #endif
     Scratch scratch(args);
     const FlushDenormals flush;
-    kernel(args, scratch, 0, rows);
+    kernel(args, scratch, 0, items);
 }
 
 }  // namespace distilkernels

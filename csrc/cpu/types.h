@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace distilkernels {
@@ -100,6 +101,9 @@ struct VocabStats {
     double *lse, *tail_lse, *expected_logit, *logit_sum, *lse_t1, *max;
     int64_t *finite_count, *argmax, *rank;
     void *gathered, *mass_above;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return items() * logits.vocab; }
 };
 
 // coef [N, 6]: ref, A, B, C, D, lse_t1. entries [N, K], double where `wide_entries`, else float.
@@ -113,6 +117,57 @@ struct VocabStatsBackward {
     bool constant_or_t1;
     Head head;
     Rows out;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return items() * logits.vocab; }
+};
+
+// [rows, columns] with last stride 1.
+struct Matrix {
+    DType dtype;
+    void* data;
+    int64_t rows, columns, stride;
+
+    template <class T>
+    T* row(int64_t r) const {
+        return static_cast<T*>(data) + r * stride;
+    }
+};
+
+// Rows of weight are rounded to hidden's dtype. out [N, K], like every `grad` below, is double for double operands, else float.
+struct GatherDot {
+    Matrix hidden, weight;
+    Ids ids;
+    void* out;
+
+    int64_t items() const { return hidden.rows; }
+    int64_t numbers() const { return items() * ids.count * weight.columns; }
+};
+
+// Rows of weight are rounded to `operand`; out [N, H] contiguous.
+struct GatherDotHiddenGrad {
+    DType operand;
+    const void* grad;
+    Matrix weight;
+    Ids ids;
+    int64_t rows;
+    void* out;
+
+    int64_t items() const { return rows; }
+    int64_t numbers() const { return items() * ids.count * weight.columns; }
+};
+
+// A pair is a flat index of grad [N, slots]; targets ascend, negative ones are skipped.
+struct GatherDotWeightGrad {
+    const void* grad;
+    int64_t slots;
+    Matrix hidden;
+    const int64_t *order, *targets;
+    int64_t pairs;
+    Matrix out;
+
+    int64_t items() const { return pairs; }
+    int64_t numbers() const { return pairs * hidden.columns; }
 };
 
 // One thread's working memory, allocated before the parallel region so that nothing throws inside it.
@@ -127,6 +182,7 @@ struct Scratch {
     std::vector<Bar> bars;
     std::vector<int64_t> counts, count_histogram;
     std::vector<double> masses, mass_histogram;
+    std::vector<unsigned char> wide;  // two rows of double or float, zero beyond their columns
 
     Scratch(const VocabStats& a) : hidden(a.logits.vocab / 64 + 1) {
         const size_t k = a.ids.data ? a.ids.count : 0;
@@ -139,6 +195,20 @@ struct Scratch {
         }
     }
     explicit Scratch(const VocabStatsBackward&) {}
+    explicit Scratch(const GatherDot& a) : Scratch(a.weight.columns) {}
+    explicit Scratch(const GatherDotHiddenGrad& a) : Scratch(a.weight.columns) {}
+    explicit Scratch(const GatherDotWeightGrad& a) : Scratch(a.hidden.columns) {}
+
+    template <class S>
+    S* row(int index) {
+        const auto data = reinterpret_cast<uintptr_t>(wide.data());
+        return reinterpret_cast<S*>((data + kLine - 1) / kLine * kLine + index * ((wide.size() - kLine) / 2));
+    }
+
+private:
+    static constexpr size_t kLine = 64;
+    // whole cache lines, and at least the vector that the last entry lies in
+    explicit Scratch(int64_t columns) : wide(2 * (columns * sizeof(double) / kLine + 2) * kLine + kLine) {}
 };
 
 }  // namespace distilkernels

@@ -29,7 +29,7 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
 
     VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(),
                  finite.data(), argmax.data(), rank.data(), gathered.data(), above.data()};
-    for_rows(a, 2, kernels().vocab_stats);
+    for_items(a, 2, kernels().vocab_stats);
     for (int64_t r = 0; r < n; ++r) {
         double expected = 0;
         for (int64_t v = 0; v < head.columns; ++v) {
@@ -45,10 +45,10 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
         for (int i = 0; i < 6; ++i) coef[6 * r + i] = i == 0 || i == 5 ? lse[r] : 0.5;
     }
     VocabStatsBackward b{dtype, rows, all, entries.data(), sizeof(S) == 8, coef.data(), true, head, {fresh.data(), outer, inner, vocab, inner * vocab, vocab}};
-    for_rows(b, 2, kernels().vocab_stats_backward);
+    for_items(b, 2, kernels().vocab_stats_backward);
     b.out = rows;
     b.constant_or_t1 = false;
-    for_rows(b, 2, kernels().vocab_stats_backward);
+    for_items(b, 2, kernels().vocab_stats_backward);
 }
 
 }  // namespace

@@ -11,10 +11,11 @@ except ImportError as reason:
     _cpp, _missing = None, str(reason)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_TAKEN = (*_DTYPES, torch.int32, torch.int64)
 _OUTPUTS = (
     "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "rank", "mass_above",
 )  # fmt: skip
-_SERVED = ("vocab_stats", "vocab_stats_backward")
+_SERVED = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad")
 
 
 def why_not(primitive: str, *tensors: Tensor) -> str | None:
@@ -22,13 +23,13 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
         return f"there is no C++ kernel for {primitive}"
     if _cpp is None:
         return f"the extension is not built ({_missing}); `pip install -e . --no-build-isolation` builds it and needs g++ or clang"
-    logits = tensors[0]
-    if any(t.device.type != "cpu" for t in tensors):
-        return f"the C++ kernels serve CPU tensors; got {logits.device}"
-    if logits.dtype not in _DTYPES:
-        return f"logits must be float32, bfloat16, float16 or float64; got {logits.dtype}"
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        return f"the last stride of the logits must be 1; got {logits.stride(-1)}"
+    for t in tensors:
+        if t.device.type != "cpu":
+            return f"the C++ kernels serve CPU tensors; got {t.device}"
+        if t.dtype not in (_DTYPES if t is tensors[0] else _TAKEN):
+            return f"numbers must be float32, bfloat16, float16 or float64; got {t.dtype}"
+        if t.is_floating_point() and t.stride(-1) != 1 and t.shape[-1] > 1:
+            return f"the last stride must be 1; got {t.stride(-1)}"
     return None
 
 
@@ -57,6 +58,23 @@ def vocab_stats_backward(
         _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _ids(ids), 0 if ids is None else entries.data_ptr(),
         ids is not None and entries.dtype == torch.float64, coef.data_ptr(), "constant" in terms or "t1" in terms,
         _head(head, logits.shape[2]), torch.get_num_threads(), out.data_ptr(), _shape(out),
+    )  # fmt: skip
+
+
+def gather_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
+    _cpp.gather_dot(_matrix(hidden), _matrix(weight), _ids(ids), torch.get_num_threads(), out.data_ptr())
+
+
+def gather_dot_hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    _cpp.gather_dot_hidden_grad(
+        _DTYPES[dtype], grad.data_ptr(), _matrix(weight), _ids(ids), ids.shape[0], torch.get_num_threads(), out.data_ptr()
+    )
+
+
+def gather_dot_weight_grad(grad: Tensor, hidden: Tensor, order: Tensor, targets: Tensor, out: Tensor) -> None:
+    _cpp.gather_dot_weight_grad(
+        grad.data_ptr(), grad.shape[1], _matrix(hidden), order.data_ptr(), targets.data_ptr(), order.numel(),
+        torch.get_num_threads(), _matrix(out),
     )  # fmt: skip
 
 
@@ -89,6 +107,10 @@ def _built():
 
 def _shape(t: Tensor) -> tuple[int, ...]:
     return (*t.shape, *t.stride()[:2])
+
+
+def _matrix(t: Tensor) -> tuple[int, ...]:
+    return _DTYPES[t.dtype], t.data_ptr(), *t.shape, t.stride(0)
 
 
 def _ids(ids: Tensor | None) -> tuple[int, bool, int]:

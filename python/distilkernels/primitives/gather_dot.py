@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends import resolve
 from .boundary import plain_eager, without_duplicates
 from .head import Head
-from .memory import lazy_zeros
+from .memory import lazy_zeros, recycled_empty
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,7 +93,7 @@ def hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, t
 
 
 def weight_grad(
-    grad: Tensor, hidden: Tensor, ids: Tensor, dtype: torch.dtype, to: torch.dtype, vocab: int, sparse: bool, backend: str | None
+    grad: Tensor, hidden: Tensor, ids: Tensor, dtype: torch.dtype, to: torch.dtype, vocab: int, backend: str | None, sparse: bool = False
 ) -> Tensor:  # fmt: skip
     """d weight [V, H] in the dtype `to`; `sparse`: a coalesced COO tensor of the rows that have a pair."""
     grad, hidden = grad.to(sum_dtype(dtype)).contiguous(), _rows(hidden.to(dtype))
@@ -103,7 +103,9 @@ def weight_grad(
         touched, targets = targets.unique_consecutive(return_inverse=True)
         skipped = int((touched < 0).sum())
         touched, targets = touched[skipped:], targets - skipped
-        out = torch.empty((touched.numel(), width), dtype=to, device=grad.device)
+        # room for as many rows as there are pairs, so that the next step's rows fit into the same memory
+        room = min(order.numel(), vocab)
+        out = recycled_empty((room, width), to, grad.device)[: touched.numel()]
     else:
         out = lazy_zeros((vocab, width), to, grad.device)
     if order.numel() and out.numel():
@@ -116,6 +118,19 @@ def weight_grad(
 def _save(ctx, hidden, weight, ids, dtype, backend, sparse) -> None:
     ctx.save_for_backward(hidden, weight, ids)
     ctx.dtype, ctx.backend, ctx.sparse = dtype, backend, sparse
+
+
+def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
+    """d hidden and d weight, each only if needed; through the registered ops where something intercepts."""
+    hidden, weight, ids = ctx.saved_tensors
+    plain, shared = plain_eager(grad, hidden, weight), (ids, ctx.dtype)
+    found: list[Tensor | None] = [None, None]
+    if ctx.needs_input_grad[0]:
+        found[0] = (hidden_grad if plain else _op_hidden_grad)(grad, weight, *shared, hidden.dtype, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        last = (weight.dtype, weight.shape[0], ctx.backend)
+        found[1] = weight_grad(grad, hidden, *shared, *last, ctx.sparse) if plain else _op_weight_grad(grad, hidden, *shared, *last)
+    return found
 
 
 class _Once(torch.autograd.Function):
@@ -131,7 +146,9 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("gather_dot has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead")
+        raise RuntimeError(
+            "gather_dot has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead"
+        )
 
 
 class _GatherDot(torch.autograd.Function):
@@ -143,16 +160,10 @@ class _GatherDot(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         twice = torch.is_grad_enabled()
-        hidden, weight, ids = ctx.saved_tensors
         with torch.no_grad():
-            found = [
-                hidden_grad(grad, weight, ids, ctx.dtype, hidden.dtype, ctx.backend) if ctx.needs_input_grad[0] else None,
-                weight_grad(grad, hidden, ids, ctx.dtype, weight.dtype, weight.shape[0], ctx.sparse, ctx.backend)
-                if ctx.needs_input_grad[1]
-                else None,
-            ]
+            found = _gradients(ctx, grad)
         if twice:
-            found = [None if g is None else _Once.apply(g, grad, hidden, weight) for g in found]
+            found = [None if g is None else _Once.apply(g, grad, *ctx.saved_tensors[:2]) for g in found]
         return *found, None, None, None, None
 
 
@@ -195,7 +206,7 @@ def _(grad, weight, ids, dtype, to, backend):
 def _op_weight_grad(
     grad: Tensor, hidden: Tensor, ids: Tensor, dtype: torch.dtype, to: torch.dtype, vocab: int, backend: str | None
 ) -> Tensor:  # fmt: skip
-    return weight_grad(grad, hidden, ids, dtype, to, vocab, False, backend)
+    return weight_grad(grad, hidden, ids, dtype, to, vocab, backend)
 
 
 @_op_weight_grad.register_fake
@@ -208,12 +219,7 @@ def _op_setup(ctx, inputs, output):
 
 
 def _op_gradient(ctx, grad):
-    hidden, weight, ids = ctx.saved_tensors
-    return (
-        _op_hidden_grad(grad, weight, ids, ctx.dtype, hidden.dtype, ctx.backend) if ctx.needs_input_grad[0] else None,
-        _op_weight_grad(grad, hidden, ids, ctx.dtype, weight.dtype, weight.shape[0], ctx.backend) if ctx.needs_input_grad[1] else None,
-        *(None,) * 3,
-    )
+    return *_gradients(ctx, grad), None, None, None
 
 
 _op.register_autograd(_op_gradient, setup_context=_op_setup)
@@ -223,11 +229,11 @@ _op.register_autograd(_op_gradient, setup_context=_op_setup)
 
 
 def _differentiable(hidden, weight, ids, dtype, backend, sparse) -> Tensor:
+    if sparse and not plain_eager(hidden, weight, ids):
+        raise ValueError("sparse_weight_grad=True needs eager mode, plain tensors and no torch.func: sparse gradients cannot be traced")
     if plain_eager(hidden, weight, ids, functorch=True):
         function = _GatherDot if plain_eager() else _Transformable
         return function.apply(hidden, weight, ids, dtype, backend, sparse)
-    if sparse:
-        raise ValueError("sparse_weight_grad=True needs eager mode and plain tensors: sparse gradients cannot be traced")
     return _op(hidden, weight, ids, dtype, backend)
 
 
@@ -252,7 +258,7 @@ def gather_dot(
         Gradients return in each input's own dtype, rounded once; the same bits whatever the number of threads.
 
     Raises:
-        BackendError: `backend` cannot serve these tensors. ValueError: sparse_weight_grad under torch.compile.
+        BackendError: `backend` cannot serve these tensors. ValueError: sparse_weight_grad under torch.compile or torch.func.
         RuntimeError: a second derivative is asked for.
     """
     distinct = without_duplicates(ids, head.columns(weight.shape[0]))
