@@ -1,4 +1,5 @@
 // Runs every kernel on small exact-size buffers; built with sanitizers by tests/test_cpp.py, never part of the extension.
+#include <algorithm>
 #include <cstdio>
 #include <random>
 
@@ -51,6 +52,42 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
     for_items(b, 2, kernels().vocab_stats_backward);
 }
 
+template <class O, class T, class S>
+void run_gather_dot(DType operand, DType rows, int64_t n, int64_t vocab, int64_t width, int64_t pad, int64_t k, double tolerance) {
+    std::normal_distribution<double> normal;
+    // the last row has no padding behind it
+    std::vector<O> h(n ? (n - 1) * (width + pad) + width : 0);
+    std::vector<T> w((vocab - 1) * (width + pad) + width), dw(vocab * width);
+    for (O& v : h) narrow(normal(generator), v);
+    for (T& v : w) narrow(normal(generator), v);
+    std::vector<int64_t> ids(n * k), order(n * k), targets(n * k);
+    for (int64_t i = 0; i < n * k; ++i) {
+        ids[i] = int64_t(generator() % (vocab + 2)) - 1;
+        order[i] = i;
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return ids[i] < ids[j]; });
+    for (int64_t i = 0; i < n * k; ++i) targets[i] = ids[order[i]];
+    std::vector<S> z(n * k), grad(n * k, S(1)), dh(n * width);
+    const Matrix hidden{operand, h.data(), n, width, width + pad}, weight{rows, w.data(), vocab, width, width + pad};
+    const Ids all{ids.data(), true, k};
+    for_items(GatherDot{hidden, weight, all, z.data()}, 2, kernels().gather_dot);
+    for_items(GatherDotHiddenGrad{operand, grad.data(), weight, all, n, dh.data()}, 2, kernels().gather_dot_hidden_grad);
+    for_items(GatherDotWeightGrad{grad.data(), k, hidden, order.data(), targets.data(), n * k, {rows, dw.data(), vocab, width, width}}, 2,
+              kernels().gather_dot_weight_grad);
+    for (int64_t at = 0; at < n * k; ++at) {
+        double expected = 0;
+        for (int64_t c = 0; c < width && ids[at] >= 0 && ids[at] < vocab; ++c) {
+            O entry;
+            narrow(widen(weight.row<T>(ids[at])[c]), entry);
+            expected += double(widen(hidden.row<O>(at / k)[c])) * double(widen(entry));
+        }
+        if (!(std::abs(double(z[at]) - expected) < tolerance * (1 + width))) {
+            std::printf("%s dtypes %d %d H %lld: product %g, not %g\n", isa().c_str(), int(operand), int(rows), (long long)width, double(z[at]), expected);
+            ++failures;
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -64,6 +101,15 @@ int main() {
                     run<f16, float>(DType::f16, 3, 1, vocab, 5, k, head, 1e-5);
                     run<double, double>(DType::f64, 1, 1, vocab, 0, k, head, 1e-12);
                 }
+            }
+        }
+        for (int64_t width : {1, 7, 64, 67, 131}) {
+            for (int64_t k : {0, 1, 5}) {
+                run_gather_dot<float, float, float>(DType::f32, DType::f32, 70, 4, width, 3, k, 1e-6);
+                run_gather_dot<bf16, bf16, float>(DType::bf16, DType::bf16, 3, 50, width, 0, k, 1e-6);
+                run_gather_dot<bf16, float, float>(DType::bf16, DType::f32, 3, 50, width, 1, k, 1e-6);
+                run_gather_dot<f16, double, float>(DType::f16, DType::f64, 1, 3, width, 0, k, 1e-6);
+                run_gather_dot<double, f16, double>(DType::f64, DType::f16, 2, 3, width, 1, k, 1e-13);
             }
         }
     }
