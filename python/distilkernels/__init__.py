@@ -3,7 +3,9 @@ acceptance, compressed KV-cache alignment. The long axis is reduced in kernels, 
 
 from . import backends, divergences
 from .errors import BackendError
+from .linear import linear_row_loss, linear_token_logprobs, linear_topk_distill_loss, linear_vocab_stats
 from .losses import DistillStats, token_logprobs, topk_distill_loss
+from .primitives.shard import VocabShard
 from .primitives.vocab_stats import VocabStats, vocab_stats
 from .row_loss import row_loss
 from .teacher import TeacherTopK, capture_topk
@@ -13,11 +15,16 @@ __all__ = [
     "BackendError",
     "DistillStats",
     "TeacherTopK",
+    "VocabShard",
     "VocabStats",
     "__version__",
     "backends",
     "capture_topk",
     "divergences",
+    "linear_row_loss",
+    "linear_token_logprobs",
+    "linear_topk_distill_loss",
+    "linear_vocab_stats",
     "row_loss",
     "token_logprobs",
     "topk_distill_loss",

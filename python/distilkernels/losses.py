@@ -13,6 +13,7 @@ from .divergences import Divergence
 from .divergences import resolve as resolve_divergence
 from .primitives.boundary import check_range, plain_eager
 from .primitives.head import Head
+from .primitives.shard import VocabShard, vocabulary
 from .primitives.vocab_stats import VocabStats, checked_logits
 from .row_loss import checked_reduction, checked_weights, row_loss, weighted
 from .teacher import TeacherTopK
@@ -139,6 +140,10 @@ class TopKDistillation:
             student = (gathered - stats.lse[:, None]).masked_fill(ids < 0, -math.inf)
             return stats.entropy, log_p.exp().sum(-1), student.exp().sum(-1), (best >= 0) & (best == stats.argmax)
 
+    def ids_in(self, lead: tuple[int, ...]) -> Tensor:
+        """The ids whose logits ``__call__`` reads, in the token shape."""
+        return self.ids.view(*lead, self.ids.shape[-1])
+
     def per_token_in(self, lead: tuple[int, ...]) -> list[Tensor]:
         """The tensors of ``__call__`` in the token shape."""
         return [t.view(*lead, *t.shape[1:]) for t in self.per_token]
@@ -224,6 +229,7 @@ def topk_distill_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
+    shard: VocabShard | None = None,
     inplace_backward: bool = False,
     return_stats: bool = False,
     backend: str | None = None,
@@ -249,7 +255,7 @@ def topk_distill_loss(
             weight 0.
         labels, ce_weight, ignore_index: adds ce_weight × cross-entropy of `labels` [...] at temperature 1, from the
             same read of the row, reduced over its own rows (those not `ignore_index`).
-        logit_scale, softcap, valid_vocab: see :func:`vocab_stats`.
+        logit_scale, softcap, valid_vocab, shard: see :func:`vocab_stats`.
         inplace_backward: d logits overwrite the logits' memory.
         return_stats: also return :class:`DistillStats`.
         backend: see :func:`vocab_stats`.
@@ -262,7 +268,7 @@ def topk_distill_loss(
         divergence and tail. BackendError: `backend` cannot serve these tensors.
     """
     checked_logits(student_logits, "student_logits")
-    lead, vocab = tuple(student_logits.shape[:-1]), student_logits.shape[-1]
+    lead, vocab = tuple(student_logits.shape[:-1]), vocabulary(student_logits.shape[-1], shard)
     head = Head.checked(vocab, temperature, logit_scale, softcap, valid_vocab)
     epilogue = TopKDistillation(
         teacher, lead, vocab, student_logits.device, divergence=divergence, tail=tail, temperature=head.temperature, scale_by_t2=scale_by_t2,
@@ -270,9 +276,9 @@ def topk_distill_loss(
         reduction=reduction, num_items_in_batch=num_items_in_batch,
     )  # fmt: skip
     result = row_loss(
-        student_logits, epilogue.ids.view(*lead, epilogue.ids.shape[-1]), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want,
+        student_logits, epilogue.ids_in(lead), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want,
         token_weights=epilogue.weights.view(lead), reduction=reduction, num_items_in_batch=epilogue.denominator,
-        has_aux=return_stats, inplace_backward=inplace_backward, backend=backend, **head._asdict(),
+        has_aux=return_stats, shard=shard, inplace_backward=inplace_backward, backend=backend, **head._asdict(),
     )  # fmt: skip
     return epilogue.finish(result)
 
@@ -286,6 +292,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
+    shard: VocabShard | None = None,
     inplace_backward: bool = False,
     backend: str | None = None,
 ):
@@ -295,7 +302,7 @@ def token_logprobs(
         logits: [..., V] float32, bfloat16, float16 or float64.
         ids: int32 or int64, [...] (one per token) or [..., K]; −1 (an empty slot) gives −inf.
         entropy: also return H(q) = lse − μ.
-        temperature, logit_scale, softcap, valid_vocab, backend: see :func:`vocab_stats`.
+        temperature, logit_scale, softcap, valid_vocab, shard, backend: see :func:`vocab_stats`.
         inplace_backward: d logits overwrite the logits' memory.
 
     Returns:
@@ -305,16 +312,22 @@ def token_logprobs(
         ValueError, TypeError: naming the argument. BackendError: `backend` cannot serve these tensors.
     """
     checked_logits(logits)
+    ids, want, epilogue = logprob_epilogue(ids, logits.dim(), entropy)
+    return row_loss(
+        logits, ids, epilogue, want=want, reduction="none", temperature=temperature, logit_scale=logit_scale, softcap=softcap,
+        valid_vocab=valid_vocab, shard=shard, inplace_backward=inplace_backward, backend=backend,
+    )  # fmt: skip
+
+
+def logprob_epilogue(ids: Tensor, dim: int, entropy: bool):
+    """(ids [..., K], want, epilogue) of the token log-probs for inputs of `dim` dimensions."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids must be a tensor; got {type(ids).__name__}")
-    single = ids.dim() == logits.dim() - 1
-    want = ("lse", "gathered", "expected_logit") if entropy else ("lse", "gathered")
+    single = ids.dim() == dim - 1
 
     def epilogue(stats: VocabStats):
         logprobs = stats.logprobs[:, 0] if single else stats.logprobs
         return (logprobs, stats.entropy) if entropy else logprobs
 
-    return row_loss(
-        logits, ids.unsqueeze(-1) if single else ids, epilogue, want=want, reduction="none", temperature=temperature,
-        logit_scale=logit_scale, softcap=softcap, valid_vocab=valid_vocab, inplace_backward=inplace_backward, backend=backend,
-    )  # fmt: skip
+    want = ("lse", "gathered", "expected_logit") if entropy else ("lse", "gathered")
+    return ids.unsqueeze(-1) if single else ids, want, epilogue

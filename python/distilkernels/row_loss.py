@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .primitives.boundary import checked_ids
 from .primitives.head import Head
+from .primitives.shard import VocabShard, vocabulary
 from .primitives.vocab_stats import DEFAULT_WANT, VocabStats, checked_logits, checked_want, row_stats
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,6 +30,7 @@ def row_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     valid_vocab: int | None = None,
+    shard: VocabShard | None = None,
     has_aux: bool = False,
     inplace_backward: bool = False,
     backend: str | None = None,
@@ -45,7 +47,7 @@ def row_loss(
         token_weights: [...], w. A row of weight 0 contributes nothing, even if it holds NaN.
         reduction: "mean" is Σ w·loss / Σ w (0, attached to the graph, where all weights are 0), "sum", or "none".
         num_items_in_batch: replaces Σ w in "mean", for gradient accumulation.
-        temperature, logit_scale, softcap, valid_vocab: see :func:`vocab_stats`.
+        temperature, logit_scale, softcap, valid_vocab, shard: see :func:`vocab_stats`.
         inplace_backward: write d logits over the logits' memory; a second backward through them raises. Ignored under
             torch.compile.
         backend: see :func:`vocab_stats`.
@@ -58,26 +60,37 @@ def row_loss(
         ValueError, TypeError: naming the argument. BackendError: `backend` cannot serve these tensors.
     """
     checked_logits(logits)
-    head = Head.checked(logits.shape[-1], temperature, logit_scale, softcap, valid_vocab)
+    vocab = vocabulary(logits.shape[-1], shard)
+    head = Head.checked(vocab, temperature, logit_scale, softcap, valid_vocab)
     lead = tuple(logits.shape[:-1])
     if ids is not None:
-        ids = checked_ids(ids, lead, logits.shape[-1], logits.device)
+        ids = checked_ids(ids, lead, vocab, logits.device)
     want = checked_want(want, ids is not None)
     weights = checked_weights(token_weights, lead, logits.device)
     per_token = [flat_per_token("per_token", t, lead, logits.device) for t in per_token]
     checked_reduction(reduction)
 
-    stats = row_stats(logits, ids, want, head, backend=backend, inplace_backward=inplace_backward)
+    stats = row_stats(logits, ids, want, head, backend=backend, inplace_backward=inplace_backward, shard=shard)
+    return reduced(stats, fn, per_token, weights, lead, reduction, num_items_in_batch, has_aux, logits.dtype)
+
+
+def reduced(stats: VocabStats, fn, per_token, weights, lead, reduction, num_items_in_batch, has_aux: bool, dtype: torch.dtype):
+    """fn of flat statistics, weighted and reduced: everything of a row loss after its statistics are known."""
     rows = fn(for_epilogue(stats, weights), *per_token)
     rows, aux = rows if has_aux else (rows, ())
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if reduction == "none":
         many = isinstance(rows, tuple)
         rows = tuple(weighted(r, weights).to(dtype).view(*lead, *r.shape[1:]) for r in (rows if many else (rows,)))
         loss = rows if many else rows[0]
     else:
-        loss = reduce_rows(checked_rows(rows, weights, lead), weights, reduction, num_items_in_batch).to(dtype)
-    return (loss, tuple(a.detach().view(*lead, *a.shape[1:]) for a in aux)) if has_aux else loss
+        count = denominator(weights, math.prod(lead), reduction, num_items_in_batch)
+        loss = (checked_rows(rows, weights, math.prod(lead)).sum() / count).to(dtype)
+    return (loss, in_token_shape(aux, lead)) if has_aux else loss
+
+
+def in_token_shape(aux: Sequence[Tensor], lead: tuple[int, ...]) -> tuple[Tensor, ...]:
+    return tuple(a.detach().view(*lead, *a.shape[1:]) for a in aux)
 
 
 def checked_weights(weights: Tensor | None, lead: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -107,10 +120,11 @@ def checked_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
-def checked_rows(rows: Tensor, weights: Tensor | None, lead: tuple[int, ...]) -> Tensor:
-    if not isinstance(rows, Tensor) or tuple(rows.shape) != (math.prod(lead),):
+def checked_rows(rows: Tensor, weights: Tensor | None, n: int) -> Tensor:
+    """The rows [N] that `fn` returned, times their weights."""
+    if not isinstance(rows, Tensor) or tuple(rows.shape) != (n,):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-        raise ValueError(f"fn must return one loss per row, shape ({math.prod(lead)},); got {got}")
+        raise ValueError(f"fn must return one loss per row, shape ({n},); got {got}")
     return weighted(rows, weights)
 
 
@@ -133,15 +147,12 @@ def for_epilogue(stats: VocabStats, weights: Tensor | None) -> VocabStats:
     return VocabStats(*values)
 
 
-def reduce_rows(rows: Tensor, weights: Tensor | None, reduction: str, num_items_in_batch) -> Tensor:
-    """The sum or the mean of rows [N] that carry their weights; a zero denominator gives 0 that is still attached to the graph."""
-    total = rows.sum()
+def denominator(weights: Tensor | None, n: int, reduction: str, num_items_in_batch) -> float | Tensor:
+    """What the weighted sum is divided by; 1 in place of 0, so that nothing counted gives a 0 attached to the graph."""
     if reduction == "sum":
-        return total
-    if num_items_in_batch is not None:
-        count = num_items_in_batch
-    else:
-        count = rows.shape[0] if weights is None else weights.sum()
-    if isinstance(count, Tensor):
-        return total / torch.where(count == 0, 1, count)
-    return total / (count or 1)
+        return 1.0
+    if num_items_in_batch is None:
+        num_items_in_batch = n if weights is None else weights.sum()
+    if isinstance(num_items_in_batch, Tensor):
+        return torch.where(num_items_in_batch == 0, 1, num_items_in_batch)
+    return num_items_in_batch or 1.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,85 +21,8 @@ from ..backends import resolve
 from .boundary import checked_ids, plain_eager, rows_of, without_duplicates
 from .head import Head
 from .memory import lazy_zeros, recycled_empty
-
-
-class VocabStats(NamedTuple):
-    """Statistics of rows of transformed logits z; a field that was not asked for is None. Natural logs throughout.
-
-    ========================== ==================================================================================
-    ``lse`` [...]              log Σ exp z_v
-    ``gathered`` [..., K]      z at the ids; −inf for an empty slot, a repeated id or a masked column
-    ``tail_lse`` [...]         log Σ over v ∉ S of exp z_v, summed directly; −inf where S covers every valid column
-    ``expected_logit`` [...]   μ = Σ q_v z_v (0·−inf = 0); the entropy is lse − μ
-    ``logit_sum`` [...]        Σ z_v over finite entries; their number is ``finite_count`` [...] int64
-    ``lse_t1`` [...]           the log-sum-exp at temperature 1, log Σ exp(T·z_v), whatever the temperature T of z
-    ``max``, ``argmax`` [...]  the largest z and its lowest id (int64); not differentiable
-    ``rank`` [..., K]          #{v : z_v > z at the id} (int64), −1 for an empty slot; not differentiable
-    ``mass_above`` [..., K]    Σ q_v over those v, NaN for an empty slot; not differentiable
-    ========================== ==================================================================================
-
-    A row with a NaN has NaN statistics, and −1 for argmax and rank.
-    """
-
-    lse: Tensor | None = None
-    gathered: Tensor | None = None
-    tail_lse: Tensor | None = None
-    expected_logit: Tensor | None = None
-    logit_sum: Tensor | None = None
-    finite_count: Tensor | None = None
-    lse_t1: Tensor | None = None
-    max: Tensor | None = None
-    argmax: Tensor | None = None
-    rank: Tensor | None = None
-    mass_above: Tensor | None = None
-
-    @property
-    def entropy(self) -> Tensor:
-        """H(q) = lse − μ in nats."""
-        if self.lse is None or self.expected_logit is None:
-            raise ValueError('entropy needs want=("lse", "expected_logit")')
-        return self.lse - self.expected_logit
-
-    @property
-    def logprobs(self) -> Tensor:
-        """log q at the ids, [..., K]."""
-        if self.lse is None or self.gathered is None:
-            raise ValueError('logprobs needs want=("lse", "gathered")')
-        return self.gathered - self.lse.unsqueeze(-1)
-
-
-WANTS = tuple(name for name in VocabStats._fields if name != "finite_count")
-DEFAULT_WANT = ("lse", "gathered")
-_NEEDS_IDS = ("gathered", "tail_lse", "rank", "mass_above")
-_PER_SLOT = ("gathered", "rank", "mass_above")
-_INTEGER = ("finite_count", "argmax", "rank")
-DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
-
-
-def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
-    """The requested names in canonical order; ValueError for an unknown one or one that lacks its ids."""
-    want = (want,) if isinstance(want, str) else tuple(want)
-    if want == DEFAULT_WANT and not has_ids:
-        want = ("lse",)
-    unknown = [name for name in want if name not in WANTS]
-    if unknown:
-        raise ValueError(f"want has unknown statistics {unknown}; known: {', '.join(WANTS)}")
-    missing = [name for name in want if name in _NEEDS_IDS and not has_ids]
-    if missing:
-        raise ValueError(f"want={missing} needs ids; got ids=None")
-    return tuple(name for name in WANTS if name in want)
-
-
-def computed(want: tuple[str, ...], has_ids: bool) -> tuple[str, ...]:
-    """What the kernel computes for `want`: also what the backward of it will need."""
-    names = set(want)
-    if names & {"tail_lse", "expected_logit", "mass_above"}:
-        names.add("lse")
-    if has_ids and names & set(DIFFERENTIABLE):
-        names.add("gathered")
-    if "logit_sum" in names:
-        names.add("finite_count")
-    return tuple(name for name in VocabStats._fields if name in names)
+from .shard import VocabShard, vocabulary
+from .statistics import DEFAULT_WANT, DIFFERENTIABLE, INTEGER, PER_SLOT, VocabStats, checked_want, computed
 
 
 def row_dtype(device: torch.device) -> torch.dtype:
@@ -113,8 +35,8 @@ def _allocate(logits: Tensor, ids: Tensor | None, names: tuple[str, ...]) -> dic
     slot_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = {}
     for name in names:
-        shape = (n, ids.shape[1]) if name in _PER_SLOT else (n,)
-        dtype = torch.int64 if name in _INTEGER else slot_dtype if name in _PER_SLOT else row_dtype(logits.device)
+        shape = (n, ids.shape[1]) if name in PER_SLOT else (n,)
+        dtype = torch.int64 if name in INTEGER else slot_dtype if name in PER_SLOT else row_dtype(logits.device)
         out[name] = torch.empty(shape, dtype=dtype, device=logits.device)
     return out
 
@@ -269,7 +191,10 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
     return ids, entries.to(stats["gathered"].dtype), coef, terms
 
 
-def statistics(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: tuple[str, ...], head: Head, backend: str | None):
+def statistics(
+    logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, names: tuple[str, ...], head: Head, backend: str | None
+) -> dict[str, Tensor]:
+    """The named statistics of logits [O, I, V], flat, rows in double."""
     if names == ("gathered",):
         return {"gathered": gather_logits(logits, without_duplicates(ids, logits.shape[2]), head)}
     launch = resolve("vocab_stats", logits, ids, backend=backend)
@@ -330,8 +255,12 @@ class _Once(torch.autograd.Function):
 
 class _VocabStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, thresholds, names, head, backend, inplace):
-        outputs = statistics(logits, ids, thresholds, names, head, backend)
+    def forward(ctx, logits, ids, thresholds, names, head, backend, inplace, shard):
+        if shard is None:
+            outputs = statistics(logits, ids, thresholds, names, head, backend)
+        else:
+            outputs = shard.statistics(statistics, logits, ids, names, head, backend)
+            ids, head = shard.local_ids(ids), shard.head(head)
         _prepare(ctx, logits, ids, names, head, backend, inplace, outputs)
         return tuple(outputs.values())
 
@@ -340,25 +269,25 @@ class _VocabStats(torch.autograd.Function):
         twice = torch.is_grad_enabled()
         with torch.no_grad():
             saved = ctx.saved_tensors
-            grad = _grad_of_logits(ctx, saved, grads, logits_grad if plain_eager(saved[0]) else _op_launch)
+            grad = _grad_of_logits(ctx, saved, grads, logits_grad if plain_eager(saved[0]) else logits_grad_op)
             if grad is not None and ctx.inplace:
                 torch.autograd.graph.increment_version(saved[0])
                 grad = grad.detach()
         if twice and grad is not None and plain_eager(saved[0]):
             grad = _Once.apply(grad, saved[0])
-        return grad, None, None, None, None, None, None
+        return grad, *(None,) * 7
 
 
 class _Transformable(_VocabStats):
     """The same for torch.func, which wants setup_context; binding its arguments costs 100 µs a call, so not for all."""
 
     @staticmethod
-    def forward(logits, ids, thresholds, names, head, backend, inplace):
+    def forward(logits, ids, thresholds, names, head, backend, inplace, shard):
         return tuple(statistics(logits, ids, thresholds, names, head, backend).values())
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        logits, ids, _, names, head, backend, inplace = inputs
+        logits, ids, _, names, head, backend, inplace, _ = inputs
         _prepare(ctx, logits, ids, names, head, backend, inplace, dict(zip(names, outputs)))
 
 
@@ -403,12 +332,18 @@ def _op_setup(ctx, inputs, output):
     _save(ctx, logits, ids, names, _head_of(*head), backend, False, dict(zip(names, output)))
 
 
-def _op_launch(logits, ids, entries, coef, terms, head, backend, sparse, inplace):
+def statistics_op(logits, ids, thresholds, names, head, backend) -> dict[str, Tensor]:
+    """:func:`statistics` through the registered op, for what traces."""
+    return dict(zip(names, _op(logits, ids, thresholds, ",".join(names), *head, backend)))
+
+
+def logits_grad_op(logits, ids, entries, coef, terms, head, backend, sparse, inplace) -> Tensor:
+    """:func:`logits_grad` through the registered op, never in place."""
     return _op_backward(logits, ids, entries, coef, ",".join(terms), sparse, *head, backend)
 
 
 def _op_gradient(ctx, grads):
-    return (_grad_of_logits(ctx, ctx.saved_tensors, grads, _op_launch), *(None,) * 8)
+    return (_grad_of_logits(ctx, ctx.saved_tensors, grads, logits_grad_op), *(None,) * 8)
 
 
 _op.register_autograd(_op_gradient, setup_context=_op_setup)
@@ -417,20 +352,27 @@ _op.register_autograd(_op_gradient, setup_context=_op_setup)
 # --------------------------------------------------------------------------------------------- calls
 
 
+def _sharded(*arguments):
+    """Collectives on tensors that the caller owns: a compiled model breaks its graph here."""
+    return torch.compiler.disable(_VocabStats.apply)(*arguments)
+
+
 def row_stats(
     logits: Tensor, ids: Tensor | None, want: tuple[str, ...], head: Head, *,
-    thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False,
+    thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False, shard: VocabShard | None = None,
 ) -> VocabStats:  # fmt: skip
     """Statistics of logits [..., V] at ids [N, K], flat ([N] and [N, K]), rows in fp64. Arguments are already checked."""
     names = computed(want, ids is not None)
     if not names:
         return VocabStats()
     rows = rows_of(logits)
-    if plain_eager(logits, ids, functorch=True):
+    if shard is not None:
+        values = _sharded(rows, ids, thresholds, names, head, backend, inplace_backward, shard)
+    elif plain_eager(logits, ids, functorch=True):
         function = _VocabStats if plain_eager() else _Transformable
-        values = function.apply(rows, ids, thresholds, names, head, backend, inplace_backward)
+        values = function.apply(rows, ids, thresholds, names, head, backend, inplace_backward, None)
     else:
-        values = _op(rows, ids, thresholds, ",".join(names), *head, backend)
+        values = statistics_op(rows, ids, thresholds, names, head, backend).values()
     found = dict(zip(names, values))
     return VocabStats(**{
         name: t if name in DIFFERENTIABLE else t.detach()
@@ -451,7 +393,8 @@ def checked_logits(logits: Tensor, name: str = "logits") -> Tensor:
 
 def vocab_stats(
     logits: Tensor, ids: Tensor | None = None, *, want: Iterable[str] = DEFAULT_WANT, temperature: float = 1.0,
-    logit_scale: float = 1.0, softcap: float | None = None, valid_vocab: int | None = None, backend: str | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None, valid_vocab: int | None = None, shard: VocabShard | None = None,
+    backend: str | None = None,
 ) -> VocabStats:  # fmt: skip
     """Statistics of every row of logits in one read, differentiable; see :class:`VocabStats` for the names.
 
@@ -461,6 +404,7 @@ def vocab_stats(
         want: which statistics; only these are computed. The default is lse alone where there are no ids.
         temperature, logit_scale, softcap, valid_vocab: z = softcap·tanh(logit_scale·x/softcap)/temperature, with
             columns from `valid_vocab` on −inf.
+        shard: this rank's columns of a vocabulary-parallel row; ids and valid_vocab then count the whole vocabulary.
         backend: "cuda", "triton", "cpp" or "reference"; None takes the first that serves the tensors.
 
     Returns:
@@ -471,12 +415,13 @@ def vocab_stats(
         BackendError: `backend` cannot serve these tensors, with the reason.
     """
     checked_logits(logits)
-    head = Head.checked(logits.shape[-1], temperature, logit_scale, softcap, valid_vocab)
+    vocab = vocabulary(logits.shape[-1], shard)
+    head = Head.checked(vocab, temperature, logit_scale, softcap, valid_vocab)
     want = checked_want(want, ids is not None)
     lead = tuple(logits.shape[:-1])
     if ids is not None:
-        ids = checked_ids(ids, lead, logits.shape[-1], logits.device)
-    stats = row_stats(logits, ids, want, head, backend=backend)
+        ids = checked_ids(ids, lead, vocab, logits.device)
+    stats = row_stats(logits, ids, want, head, backend=backend, shard=shard)
     return VocabStats(*(t if t is None else presented(t, logits.dtype).view(*lead, *t.shape[1:]) for t in stats))
 
 

@@ -1,0 +1,157 @@
+"""``vocab_stats`` of hidden Wᵀ, chunk by chunk: the logits of one chunk at a time are all that exists of [N, V].
+
+Two drivers over the same chunk. :class:`RowsFromHidden` keeps the statistics and recomputes the logits in the backward
+(four GEMMs): any gradient may arrive. The losses, whose gradient is known up to a factor, compute it in their forward
+(three GEMMs; see :mod:`distilkernels.linear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .head import Head
+from .head_gemm import HeadGemm
+from .shard import VocabShard
+from .vocab_stats import DIFFERENTIABLE, VocabStats, dense_coefficients, logits_grad, logits_grad_op, statistics, statistics_op
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How N rows are reduced: which statistics, which head, how many tokens at a time, in which precision."""
+
+    names: tuple[str, ...]
+    head: Head
+    chunk_size: int
+    dtype: torch.dtype
+    scratch: torch.dtype | None = None
+    backend: str | None = None
+    shard: VocabShard | None = None
+
+    def columns(self, weight: Tensor) -> int:
+        """Columns that take part: the valid ones, or all of a shard's, whose head masks them."""
+        return weight.shape[0] if self.shard is not None else self.head.columns(weight.shape[0])
+
+    @property
+    def local(self) -> Head:
+        """The head on the logits that are computed here."""
+        return self.head._replace(valid_vocab=None) if self.shard is None else self.shard.head(self.head)
+
+
+class Chunks:
+    """Walks the rows: ``for chunk in Chunks(...)`` computes a chunk's logits and statistics in one scratch buffer."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, plan: Plan):
+        self.hidden, self.ids, self.plan = hidden, ids, plan
+        self.n, self.vocab = hidden.shape[0], plan.columns(weight)
+        self.gemm = HeadGemm(weight[: self.vocab], None if bias is None else bias[: self.vocab], plan.dtype, plan.scratch)
+        rows = min(plan.chunk_size, self.n)
+        self.scratch = torch.empty((rows, self.vocab), dtype=self.gemm.scratch, device=hidden.device)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, hidden operand [C, H], logits [C, V])."""
+        for start in range(0, self.n, self.plan.chunk_size):
+            rows = slice(start, min(start + self.plan.chunk_size, self.n))
+            h = self.gemm.tokens(self.hidden[rows])
+            z = self.scratch[: h.shape[0]]
+            self.gemm.logits(h, z)
+            yield rows, h, z
+
+    def ids_of(self, rows: slice) -> Tensor | None:
+        return None if self.ids is None else self.ids[rows]
+
+    def statistics(self, rows: slice, z: Tensor) -> dict[str, Tensor]:
+        """The chunk's statistics; with a shard those of the whole rows."""
+        plan, z, ids = self.plan, z.unsqueeze(0), self.ids_of(rows)
+        run = statistics_op if torch.compiler.is_compiling() else statistics
+        if plan.shard is None:
+            return run(z, ids, None, plan.names, plan.local, plan.backend)
+        return plan.shard.statistics(run, z, ids, plan.names, plan.head, plan.backend)
+
+    def to_gradient(self, rows: slice, z: Tensor, stats: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
+        """Turns z into d z in place, from the gradients of the chunk's statistics."""
+        plan, ids = self.plan, self.ids_of(rows)
+        if plan.shard is not None:
+            ids = plan.shard.local_ids(ids)
+        ids, entries, coef, terms = dense_coefficients(stats, grads, ids, plan.local)
+        sparse = set(grads) == {"gathered"}
+        run = logits_grad_op if torch.compiler.is_compiling() else logits_grad
+        return run(z.unsqueeze(0), ids, entries, coef, terms, plan.local, plan.backend, sparse, True)[0]
+
+
+class Gradients:
+    """d hidden, d weight and d bias, summed over chunks in the sum dtype; only those that are needed."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: Chunks, needs: tuple[bool, bool, bool]):
+        gemm = chunks.gemm
+        self.gemm, self.shard, self.started = gemm, chunks.plan.shard, False
+        options = {"dtype": gemm.sum_dtype, "device": hidden.device}
+        self.columns = chunks.vocab
+        self.hidden = torch.empty(hidden.shape, **options) if needs[0] else None
+        # one chunk needs no accumulator: the product is rounded once, to the weight's own dtype
+        alone = chunks.n <= chunks.plan.chunk_size and gemm.operand == weight.dtype
+        self.weight = torch.empty(weight.shape, **(options | ({"dtype": weight.dtype} if alone else {}))) if needs[1] else None
+        self.bias = torch.zeros(bias.shape, **options) if needs[2] and bias is not None else None
+        if self.weight is not None:
+            self.weight[self.columns :].zero_()
+
+    def add(self, rows: slice, h: Tensor, dz: Tensor) -> None:
+        if self.hidden is not None:
+            self.gemm.hidden_grad(dz, self.hidden[rows])
+        if self.weight is not None:
+            self.gemm.add_weight_grad(dz, h, self.weight[: self.columns], first=not self.started)
+        if self.bias is not None:
+            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype)
+        self.started = True
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not self.started:
+            for grad in (self.hidden, self.weight):
+                if grad is not None:
+                    grad.zero_()
+        if self.shard is not None and self.hidden is not None:
+            self.shard.reduce_sum(self.hidden)
+        return self.hidden, self.weight, self.bias
+
+
+class RowsFromHidden(torch.autograd.Function):
+    """The statistics of hidden Wᵀ + bias with any upstream gradient: logits are recomputed in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, plan):
+        chunks = Chunks(hidden, weight, bias, ids, plan)
+        parts = [chunks.statistics(rows, z) for rows, _, z in chunks]
+        if not parts:
+            parts = [statistics(hidden.new_empty(1, 0, chunks.vocab), ids, None, plan.names, plan.local, plan.backend)]
+        outputs = {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
+        ctx.save_for_backward(hidden, weight, bias, ids, *(outputs[name] for name in outputs))
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in DIFFERENTIABLE))
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        hidden, weight, bias, ids, *saved = ctx.saved_tensors
+        plan = ctx.plan
+        grads = {name: g for name, g in zip(plan.names, grads) if g is not None and name in DIFFERENTIABLE}
+        if not grads:
+            return None, None, None, None, None
+        stats = dict(zip(plan.names, saved))
+        chunks = Chunks(hidden, weight, bias, ids, plan)
+        total = Gradients(hidden, weight, bias, chunks, ctx.needs_input_grad[:3])
+        for rows, h, z in chunks:
+            dz = chunks.to_gradient(rows, z, {k: v[rows] for k, v in stats.items()}, {k: v[rows] for k, v in grads.items()})
+            total.add(rows, h, dz)
+        found = zip(total.finished(), (hidden, weight, bias))
+        return *(None if grad is None else grad.to(like.dtype) for grad, like in found), None, None
+
+
+def linear_row_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, want: tuple[str, ...], plan: Plan) -> VocabStats:
+    """Flat, float64 statistics of hidden [N, H]; differentiable in hidden, weight and bias."""
+    found = dict(zip(plan.names, RowsFromHidden.apply(hidden, weight, bias, ids, plan)))
+    keep = set(want) | ({"finite_count"} if "logit_sum" in want else set())
+    return VocabStats(**{name: t if name in DIFFERENTIABLE else t.detach() for name, t in found.items() if name in keep})
