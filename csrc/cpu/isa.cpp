@@ -13,11 +13,14 @@ struct Isa {
 
 // Best first.
 const std::vector<Isa>& all() {
+#if defined(__x86_64__)
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
     static const std::vector<Isa> isas = {
 #if defined(__x86_64__)
-        {"avx512", &avx512::kernels,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
+        {"avx512bf16", &avx512bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+        {"avx512", &avx512::kernels, avx512},
         {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
         {"baseline", &baseline::kernels, true},

@@ -79,7 +79,7 @@ def gather_dot_weight_grad(grad: Tensor, hidden: Tensor, order: Tensor, targets:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    """The instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"."""
     return _built().isa()
 
 
