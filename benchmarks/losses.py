@@ -19,7 +19,6 @@ from distilkernels import backends
 from .cases import LOSSES, Case
 from .measure import Contender, copy_contender, median, peak_extra_bytes, race
 
-
 GROUP = ("case", "N", "V", "K", "dtype")
 
 

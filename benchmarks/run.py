@@ -7,8 +7,9 @@ import importlib
 import os
 from pathlib import Path
 
-# PyTorch's large blocks then ask for huge pages, for every contender alike; read when its allocator starts.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# PyTorch's default, pinned: with 1 its large blocks ask for huge pages, which helps what allocates most (eager).
+# Read when its allocator starts.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")
 
 import pandas as pd
 import torch
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .measure import environment
 
-SUITES = ("losses",)
+SUITES = ("losses", "linear")
 RESULTS = Path(__file__).parent / "results"
 
 

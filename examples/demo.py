@@ -25,10 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import distilkernels as dk
 import torch
 import transformers
 from torch import Tensor
+
+import distilkernels as dk
 
 from . import corpus, measure, report, training
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import distilkernels as dk
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+import distilkernels as dk
 
 Loss = Callable[[Tensor], Tensor]
 """``loss(logits) -> scalar``."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import distilkernels as dk
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import distilkernels as dk
 
 from .progress import progress
 

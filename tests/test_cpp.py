@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distilkernels.backends import cpp
 from distilkernels.primitives.head import Head
 from distilkernels.primitives.vocab_stats import VocabStats, _allocate, reference, reference_backward

@@ -81,7 +81,7 @@ def frozen(name, log_p, log_q):
     """todi and adaptive_kl with their detached weights held at one point: what their gradient is the gradient of."""
     p, q = log_p.exp(), log_q.detach().exp()
     if name == "todi":
-        w = torch.sigmoid((log_p - log_q.detach()))
+        w = torch.sigmoid(log_p - log_q.detach())
         return lambda lp, lq: (w * lp.exp() * (lp - lq) + (1 - w) * lq.exp() * (lq - lp)).sum(-1)
     weighted = adaptive(p, q)
     forward, reverse = kl(p, q), kl(q, p)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from distilkernels import BackendError, backends, vocab_stats
 from distilkernels.backends import cpp
 from distilkernels.primitives.boundary import without_duplicates

@@ -230,7 +230,7 @@ def test_upstream_factors_and_repeated_backwards():
 
 def test_a_factor_of_a_gradient_scaler():
     """fp16: the denominator follows the GEMMs, so that a small share of a large batch does not underflow."""
-    h, w, b, teacher = problem(torch.float16, v=101, h=16)
+    h, w, _b, teacher = problem(torch.float16, v=101, h=16)
     got = dk.linear_topk_distill_loss(h, w, teacher, temperature=1.5, num_items_in_batch=10**6)
     (grad,) = torch.autograd.grad(got * 2.0**16, w)
     e = w.detach().double().requires_grad_()

@@ -95,8 +95,11 @@ def test_nothing_to_learn_at_q_is_p(divergence, tail):
     assert grad.isfinite().all()
 
 
+SIZES = dict(v=st.integers(2, 60), k=st.integers(1, 60), n=st.integers(0, 5), seed=st.integers(0, 99))
+
+
 @settings(max_examples=40, deadline=None)
-@given(v=st.integers(2, 60), k=st.integers(1, 60), n=st.integers(0, 5), seed=st.integers(0, 99), name=st.sampled_from([d for d in DIVERGENCES if d != "adaptive_kl"]))
+@given(name=st.sampled_from([d for d in DIVERGENCES if d != "adaptive_kl"]), **SIZES)
 def test_a_lower_bound_of_the_full_divergence(v, k, n, seed, name):
     """Merging columns into the tail bucket can only lose divergence (data processing); at K = V nothing is lost."""
     z, t = rows(n, v, seed=seed), rows(n, v, seed=seed + 1)
@@ -334,7 +337,7 @@ def test_row_loss_runs_any_function():
     torch.testing.assert_close(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0])
     z_loss = dk.row_loss(z, None, lambda stats: stats.lse**2, want="lse")
     torch.testing.assert_close(z_loss, z.logsumexp(-1).square().mean())
-    loss, (twice,) = dk.row_loss(z, None, lambda s: (s.lse, (2 * s.lse,)), want="lse", has_aux=True)
+    _loss, (twice,) = dk.row_loss(z, None, lambda s: (s.lse, (2 * s.lse,)), want="lse", has_aux=True)
     torch.testing.assert_close(twice, 2 * z.logsumexp(-1).detach())
     with pytest.raises(ValueError, match="one loss per row"):
         dk.row_loss(z, None, lambda s: s.lse.sum(), want="lse")

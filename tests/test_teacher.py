@@ -50,7 +50,7 @@ def test_capture_is_outside_the_graph():
 
 
 def test_mass_and_tail():
-    logits, top = teacher(6)
+    _logits, top = teacher(6)
     torch.testing.assert_close(top.mass(), top.logprobs.exp().sum(-1))
     bare = dk.TeacherTopK(top.ids, top.logprobs)
     torch.testing.assert_close(bare.log_tail(), top.tail_logprob, rtol=1e-6, atol=1e-6)

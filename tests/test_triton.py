@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from distilkernels import backends, vocab_stats
 from distilkernels.primitives.head import Head
 from distilkernels.primitives.vocab_stats import WANTS, reference, reference_backward

@@ -46,6 +46,7 @@ def linear_row_loss(
     chunk_size: int | None = None,
     num_active: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    sparse_weight_grad: bool = False,
     backend: str | None = None,
 ):
     """Any loss that depends on the rows of ``hidden Wᵀ + bias`` through their statistics, without those rows.
@@ -65,6 +66,9 @@ def linear_row_loss(
             logit to 2⁻⁹ (bf16) or 2⁻¹² (fp16) of its size, as a model's own logits are. The default is float32 where the
             GEMM gives float32 (CUDA, torch ≥ 2.8; float32 operands; CPUs without a fast 16-bit GEMM), else 16 bits.
 
+        sparse_weight_grad: where `want` is "gathered" alone, d weight is a sparse tensor of the rows at the ids, as
+            ``nn.Embedding(sparse=True)`` gives; elsewhere every row has a gradient, and asking is a ValueError.
+
     Returns:
         As :func:`row_loss`. A scalar's gradient is computed in the forward: three GEMMs, two or one where weight or hidden
         is frozen, one without grad. With reduction="none" logits are recomputed in the backward: four GEMMs. Where `want`
@@ -81,7 +85,7 @@ def linear_row_loss(
     weights = checked_weights(token_weights, lead, hidden.device)
     per_token = [flat_per_token("per_token", t, lead, hidden.device) for t in per_token]
     checked_reduction(reduction)
-    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard)
+    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard, sparse_weight_grad)
 
     if reduction == "none" or plan.names in ((), ("gathered",)):
         stats = statistics_of(flat, weight, bias, ids, want, plan)
@@ -122,13 +126,13 @@ class _LinearRowLoss(torch.autograd.Function):
             some = [t[rows] for t in per_token]
             w = None if weights is None else weights[rows]
 
-            def value(leaves, some=some, stats=stats, w=w):
+            def value(leaves, rows=rows, some=some, stats=stats, w=w):
                 given = list(some)
                 for i, t in zip(differentiated, leaves["per_token"]):
                     given[i] = t
                 found = fn(for_epilogue(VocabStats(**(stats | leaves["stats"])), w), *given)
                 found, aux = found if has_aux else (found, ())
-                return checked_rows(found, w, h.shape[0]).sum() / count, aux
+                return checked_rows(found, w, rows.stop - rows.start).sum() / count, aux
 
             leaves = {"stats": {k: v for k, v in stats.items() if k in DIFFERENTIABLE}, "per_token": [some[i] for i in differentiated]}
             if grads is None:
@@ -206,7 +210,9 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def checked_plan(want, ids, head: Head, hidden: Tensor, weight: Tensor, chunk_size, logits_dtype, backend, shard) -> Plan:
+def checked_plan(
+    want, ids, head: Head, hidden: Tensor, weight: Tensor, chunk_size, logits_dtype, backend, shard, sparse_weight_grad=False
+) -> Plan:
     dtype = gemm_dtype(hidden, weight)
     if logits_dtype not in (None, torch.float32, dtype) or (dtype == torch.float64 and logits_dtype == torch.float32):
         raise ValueError(f"logits_dtype must be None, float32 or the dtype of the GEMMs, {dtype}; got {logits_dtype}")
@@ -216,7 +222,10 @@ def checked_plan(want, ids, head: Head, hidden: Tensor, weight: Tensor, chunk_si
         raise TypeError(f"chunk_size must be an int; got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
-    return Plan(computed(want, ids is not None), head, chunk_size, dtype, logits_dtype, backend, shard)
+    names = computed(want, ids is not None)
+    if sparse_weight_grad and names != ("gathered",):
+        raise ValueError(f"sparse_weight_grad needs a loss of the gathered logits alone (tail='renormalize'); this one needs {', '.join(names)}")
+    return Plan(names, head, chunk_size, dtype, logits_dtype, backend, shard, sparse_weight_grad)
 
 
 def active_rows(weights: Tensor | None, n: int, num_active: int | None) -> Tensor | None:
@@ -239,7 +248,8 @@ def statistics_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tens
         return linear_row_stats(hidden, weight, bias, ids, want, plan)
     if plan.shard is not None:
         return VocabStats(gathered=gathered_over_shards(hidden, weight, bias, ids, plan))
-    z = gather_dot(hidden, weight, ids, bias=bias, head=plan.head, dtype=plan.dtype, backend=plan.backend)
+    z = gather_dot(hidden, weight, ids, bias=bias, head=plan.head, dtype=plan.dtype, backend=plan.backend,
+                   sparse_weight_grad=plan.sparse_weight_grad)  # fmt: skip
     return VocabStats(gathered=z)
 
 
@@ -296,13 +306,14 @@ def linear_topk_distill_loss(
     chunk_size: int | None = None,
     num_active: int | None = None,
     logits_dtype: torch.dtype | None = None,
+    sparse_weight_grad: bool = False,
     backend: str | None = None,
 ):
     """:func:`topk_distill_loss` of the logits ``hidden Wᵀ + bias``, which are never kept.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V] or None.
-        chunk_size, num_active, logits_dtype: see :func:`linear_row_loss`.
+        chunk_size, num_active, logits_dtype, sparse_weight_grad: see :func:`linear_row_loss`.
         The others: see :func:`topk_distill_loss`. tail="renormalize" without labels and statistics has no vocabulary GEMM.
 
     Returns:
@@ -320,7 +331,8 @@ def linear_topk_distill_loss(
     result = linear_row_loss(
         hidden, weight, epilogue.ids_in(lead), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want, bias=bias,
         token_weights=epilogue.weights.view(lead), reduction=reduction, num_items_in_batch=epilogue.denominator,
-        shard=shard, has_aux=return_stats, chunk_size=chunk_size, num_active=num_active, logits_dtype=logits_dtype, backend=backend, **head._asdict(),
+        shard=shard, has_aux=return_stats, chunk_size=chunk_size, num_active=num_active, logits_dtype=logits_dtype,
+        sparse_weight_grad=sparse_weight_grad, backend=backend, **head._asdict(),
     )  # fmt: skip
     return epilogue.finish(result)
 

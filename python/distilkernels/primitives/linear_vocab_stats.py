@@ -30,6 +30,7 @@ class Plan:
     scratch: torch.dtype | None = None
     backend: str | None = None
     shard: VocabShard | None = None
+    sparse_weight_grad: bool = False
 
     def columns(self, weight: Tensor) -> int:
         """Columns that take part: the valid ones, or all of a shard's, whose head masks them."""

@@ -1,0 +1,24 @@
+"""The demo's whole path, at a fiftieth of its length."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+
+def test_a_short_demo(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "examples.demo", "--steps-scale", "0.02", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for word in ("teacher", "labels only", "forward KL", "reverse KL", "held-out loss", "agreement"):
+        assert word in done.stdout
+    names = {p.suffix for p in tmp_path.iterdir()}
+    assert ".png" in names and names & {".csv", ".json"}
