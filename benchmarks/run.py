@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .measure import environment
 
-SUITES = ("losses", "linear")
+SUITES = ("losses", "linear", "memory")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -142,6 +142,65 @@ def test_functorch_grad():
     torch.testing.assert_close(got, leaf.grad)
 
 
+@pytest.mark.parametrize("fn", [
+    lambda z, ids, t: dk.vocab_stats(z, ids, temperature=t).lse.sum(), lambda z, ids, t: dk.token_logprobs(z, ids, temperature=t).sum(),
+    lambda z, ids, t: dk.topk_distill_loss(z, dk.capture_topk(z.flip(-1), 4, temperature=t), temperature=t),
+], ids=["vocab_stats", "token_logprobs", "topk_distill_loss"])  # fmt: skip
+def test_compile_with_dynamic_shapes_and_temperatures(fn):
+    compiled = torch.compile(fn, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, v, t in ((3, 40, 1.0), (5, 61, 2.0), (2, 40, 0.7)):
+        z, ids = torch.randn(n, v), torch.arange(n * 3).view(n, 3)
+        torch.testing.assert_close(compiled(z, ids, t), fn(z, ids, t))
+
+
+def large(seed):
+    """A gradient of 10 MB, above the size from which memory is recycled."""
+    z = torch.randn(64, 40_000, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    dk.vocab_stats(z).lse.sum().backward()
+    return z.grad
+
+
+def test_recycled_memory_is_given_out_once():
+    from distilkernels.primitives import memory
+
+    memory.release()
+    first = large(0)
+    kept, address = first.clone(), first.data_ptr()
+    assert large(1).data_ptr() != address  # .grad of a living leaf
+    view = first[3:4].view(-1)
+    array = view.numpy()
+    del first, view
+    others = [large(i).data_ptr() for i in range(2, 5)]
+    assert address not in others and np.array_equal(array, kept[3].numpy())
+    assert others[1] == others[2], "the last buffer is warm again"
+    memory.release()
+
+
+def test_recycled_memory_after_a_fork():
+    """A child has its own: pages of the parent's gradients stay the parent's, and a lock held at the fork does not hang it."""
+    import os
+    import threading
+
+    from distilkernels.primitives import memory
+
+    del_me = large(0)
+    del del_me
+    mine = large(1)
+    before = mine.clone()
+    threads = torch.get_num_threads()
+    with memory._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                mine.zero_()
+                os._exit(0 if threading.main_thread() and large(2).isfinite().all() else 1)
+            except BaseException:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(mine, before) and torch.get_num_threads() == threads
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 4

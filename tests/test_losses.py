@@ -200,7 +200,7 @@ def test_a_row_of_weight_zero_may_hold_anything():
     logprobs = teacher.logprobs.clone()
     w = torch.tensor([1.0, 0.0, 2.0, 0.0])
     for labels in (None, torch.tensor([1, 2, 3, -100])):
-        options = dict(token_weights=w, labels=labels, ce_weight=0.5, return_stats=True)
+        options = dict(token_weights=w, labels=labels, ce_weight=0.0 if labels is None else 0.5, return_stats=True)
         a = z.clone().requires_grad_()
         clean, _ = dk.topk_distill_loss(a, teacher, **options)
         clean.backward()
@@ -360,3 +360,35 @@ def test_token_logprobs(k):
     torch.testing.assert_close(g, w)
     assert torch.equal(dk.token_logprobs(z, ids, temperature=1.3), got)
     assert dk.token_logprobs(z, torch.full((2, 4), -1)).eq(-math.inf).all()
+
+
+def test_a_repeated_id_is_an_empty_slot():
+    """As the kernels count the first only, so does the loss, its statistics and the cross-entropy."""
+    z = rows(1, 20).requires_grad_()
+    logprobs = torch.tensor([[0.4, 0.4, 0.2]], dtype=F64).log()
+    repeated = dk.TeacherTopK(torch.tensor([[5, 5, 7]]), logprobs)
+    emptied = dk.TeacherTopK(torch.tensor([[5, -1, 7]]), logprobs)
+    for options in (dict(divergence="jsd"), dict(tail="renormalize"), dict(labels=torch.tensor([5]), ce_weight=1.0)):
+        got, want = (dk.topk_distill_loss(z, t, **options) for t in (repeated, emptied))
+        assert got.isfinite() and torch.equal(got, want)
+        assert torch.equal(torch.autograd.grad(got, z)[0], torch.autograd.grad(want, z)[0])
+
+
+def test_one_token_without_a_batch():
+    z = rows(50).requires_grad_()
+    teacher = dk.capture_topk(rows(50, seed=1), 5)
+    loss, stats = dk.topk_distill_loss(z, teacher, return_stats=True, labels=torch.tensor(3), ce_weight=0.1)
+    assert loss.isfinite() and stats.entropy.shape == () and torch.autograd.grad(loss, z)[0].shape == (50,)
+    torch.testing.assert_close(dk.token_logprobs(z, torch.tensor(3)), z.log_softmax(-1)[3])
+    torch.testing.assert_close(dk.vocab_stats(z).lse, z.logsumexp(-1))
+    weight = rows(50, 8)
+    torch.testing.assert_close(dk.linear_token_logprobs(rows(8), weight, torch.tensor(3)), (weight @ rows(8)).log_softmax(-1)[3])
+
+
+def test_a_head_mass_per_token():
+    z = rows(3, 19)
+    teacher = dk.capture_topk(rows(3, 19, seed=1), 6)
+    mass = torch.tensor([0.2, 0.5, 0.8], dtype=F64)
+    got = dk.topk_distill_loss(z, teacher, divergence=dk.divergences.AdaptiveKL(mass), reduction="none")
+    for i in range(3):
+        torch.testing.assert_close(got[i], dk.topk_distill_loss(z[i], teacher[i], divergence=dk.divergences.AdaptiveKL(mass[i].item())))

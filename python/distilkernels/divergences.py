@@ -12,12 +12,15 @@ bucket is the tail. ``mode_seeking`` marks those whose minimiser is no match of 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from .primitives.boundary import plain_eager
 
 _NONE = -math.inf
 
@@ -66,9 +69,22 @@ class Divergence:
         return {name: value for name, value in parameters.items() if isinstance(value, Tensor) and value.dim() > 0}
 
 
-def _fraction(divergence: str, name: str, value: float | Tensor) -> None:
-    if not isinstance(value, Tensor) and not 0 <= value <= 1:
-        raise ValueError(f"{divergence}: {name} must be in [0, 1]; got {value}")
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and plain_eager(tensor)
+
+
+def _parameter(divergence: Divergence, name: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """A number in [low, high] or a tensor of them (looked at on a CPU only: elsewhere that would wait for the device)."""
+    value, kind = getattr(divergence, name), type(divergence).__name__
+    if isinstance(value, Tensor):
+        if _on_host(value) and value.numel():
+            least, most = value.aminmax()
+            if not (least >= low and most <= high):
+                raise ValueError(f"{kind}: {name} must be in [{low}, {high}]; got values from {least} to {most}")
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{kind}: {name} must be a number or a tensor; got {type(value).__name__}")
+    elif not low <= value <= high:
+        raise ValueError(f"{kind}: {name} must be in [{low}, {high}]; got {value}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +112,12 @@ class JSD(Divergence):
     beta: float | Tensor = 0.5
 
     def __post_init__(self):
-        _fraction("JSD", "beta", self.beta)
+        _parameter(self, "beta", 0, 1)
 
     @property
     def mode_seeking(self) -> bool:
-        return not isinstance(self.beta, Tensor) and self.beta == 1
+        # per-token values are not looked at here; a single one on the host is
+        return bool(self.beta == 1) if not isinstance(self.beta, Tensor) or (self.beta.dim() == 0 and self.beta.device.type == "cpu") else False
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         if not isinstance(self.beta, Tensor):
@@ -129,7 +146,7 @@ class SkewForwardKL(Divergence):
     alpha: float | Tensor = 0.1
 
     def __post_init__(self):
-        _fraction("SkewForwardKL", "alpha", self.alpha)
+        _parameter(self, "alpha", 0, 1)
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _kl(log_p, _log_mixture(log_p, log_q, _wide(self.alpha, log_p)))
@@ -143,7 +160,7 @@ class SkewReverseKL(Divergence):
     mode_seeking = True
 
     def __post_init__(self):
-        _fraction("SkewReverseKL", "alpha", self.alpha)
+        _parameter(self, "alpha", 0, 1)
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _kl(log_q, _log_mixture(log_q, log_p, _wide(self.alpha, log_p)))
@@ -168,12 +185,14 @@ class AlphaBeta(Divergence):
     beta: float | None = None
 
     def __post_init__(self):
+        _parameter(self, "alpha")
         if self.beta is not None and (isinstance(self.alpha, Tensor) or not math.isclose(self.alpha + self.beta, 1)):
             raise ValueError(
                 "AlphaBeta: only α + β = 1 is served: elsewhere it is no f-divergence and needs sums of p^α q^β, p^{α+β} and "
                 f"q^{{α+β}} over the tail; got alpha={self.alpha}, beta={self.beta}"
             )
-        if not isinstance(self.alpha, Tensor) and self.alpha in (0, 1):
+        at_limit = self.alpha in (0, 1) if not isinstance(self.alpha, Tensor) else _on_host(self.alpha) and ((self.alpha == 0) | (self.alpha == 1)).any()
+        if at_limit:
             raise ValueError(f"AlphaBeta: alpha must not be 0 (that limit is reverse_kl) or 1 (forward_kl); got {self.alpha}")
 
     def __call__(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -193,12 +212,12 @@ class AdaptiveKL(Divergence):
     bucket; the tail bucket of ``tail="bucket"`` always counts as tail. 0 where p = q.
     """
 
-    head_mass: float = 0.5
+    head_mass: float | Tensor = 0.5
     has_tail: bool = False
     mode_seeking = True
 
     def __post_init__(self):
-        _fraction("AdaptiveKL", "head_mass", self.head_mass)
+        _parameter(self, "head_mass", 0, 1)
 
     def buckets(self, has_tail: bool) -> AdaptiveKL:
         return replace(self, has_tail=has_tail)
@@ -208,7 +227,7 @@ class AdaptiveKL(Divergence):
             p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs()
             listed = p[..., :-1] if self.has_tail else p
             ordered, order = listed.sort(dim=-1, descending=True, stable=True)
-            in_head = ordered.cumsum(-1) <= self.head_mass
+            in_head = ordered.cumsum(-1) <= _wide(self.head_mass, p)
             in_head[..., :1] = True
             head = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, in_head)
             g_head = gap.masked_fill(~head, 0).sum(-1)

@@ -79,6 +79,8 @@ def linear_row_loss(
         backward through the same scalar.
     """
     lead, flat, vocab, head = checked_linear(hidden, weight, bias, temperature, logit_scale, softcap, valid_vocab, shard)
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of the statistics; got {type(fn).__name__}")
     if ids is not None:
         ids = checked_ids(ids, lead, vocab, hidden.device)
     want = checked_want(want, ids is not None)
@@ -279,7 +281,7 @@ def linear_vocab_stats(
         ids = checked_ids(ids, lead, vocab, hidden.device)
     plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard)
     stats = statistics_of(flat, weight, bias, ids, want, plan) if plan.names else VocabStats()
-    return VocabStats(*(t if t is None else presented(t, plan.dtype).view(*lead, *t.shape[1:]) for t in stats))
+    return VocabStats(*(t if t is None else presented(t, plan.dtype).view((*lead, *t.shape[1:])) for t in stats))
 
 
 def linear_topk_distill_loss(

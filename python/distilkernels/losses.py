@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from .divergences import Divergence
 from .divergences import resolve as resolve_divergence
-from .primitives.boundary import check_range, plain_eager
-from .primitives.head import Head
+from .primitives.boundary import check_range, distinct_ids, plain_eager
+from .primitives.head import Head, checked_number
 from .primitives.shard import VocabShard, vocabulary
 from .primitives.vocab_stats import VocabStats, checked_logits
 from .row_loss import checked_reduction, checked_weights, row_loss, weighted
@@ -54,6 +55,13 @@ class TopKDistillation:
             self.divergence = self.divergence.buckets(tail == "bucket")
         self.tail, self.temperature, self.k = tail, temperature, teacher.k
         self.scale = temperature**2 if scale_by_t2 else 1.0
+        ce_weight = checked_number("ce_weight", ce_weight)
+        if labels is None and ce_weight != 0:
+            raise ValueError(f"ce_weight={ce_weight} needs labels; got labels=None")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+        if labels is not None:
+            labels = _checked_labels(labels, lead, vocab_size, device, ignore_index)
         self.with_labels = labels is not None and ce_weight != 0
         self.return_stats = return_stats
 
@@ -64,6 +72,10 @@ class TopKDistillation:
                     raise ValueError(f"{name} of the divergence must have one value per token, {n}; got shape {tuple(value.shape)}")
         teacher = teacher.reshape(n)
         ids = teacher.ids
+        if device.type == "cpu" and ids.numel() and plain_eager(ids):
+            check_range(ids, vocab_size, "teacher.ids")
+        ids = distinct_ids(ids.contiguous(), vocab_size)
+        teacher = replace(teacher, ids=ids)
         weights = checked_weights(token_weights, lead, device)
         present = (ids >= 0).any(-1)
         kd = present.double() if weights is None else torch.where(present, weights, 0.0)
@@ -71,7 +83,6 @@ class TopKDistillation:
         if not self.with_labels:
             self.ids, self.weights, self.denominator = ids, kd, num_items_in_batch
             return
-        labels = _checked_labels(labels, lead, vocab_size, device, ignore_index)
         counted = labels != ignore_index
         ce = counted.double() if weights is None else torch.where(counted, weights, 0.0)
         self.denominator = num_items_in_batch
@@ -111,7 +122,11 @@ class TopKDistillation:
         log_p, log_q = self._buckets(log_p, tail, gathered.masked_fill(~present, 0.0), stats.lse, tail_lse)
         log_p = torch.where(present, log_p, log_q.detach())
         divergence = self.divergence.rows(index) if hasattr(self.divergence, "rows") else self.divergence
-        rows = divergence(log_p, log_q) * self.scale
+        rows = divergence(log_p, log_q)
+        if not isinstance(rows, Tensor) or rows.shape != log_q.shape[:-1]:
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"divergence must return one value per row, shape {tuple(log_q.shape[:-1])}; got {got}")
+        rows = rows * self.scale
         rows = torch.where(present[:, 0], rows, 0.0)
         aux = (rows, *self._statistics(stats, ids, logprobs, gathered)) if self.return_stats else ()
         if self.with_labels:
@@ -142,11 +157,11 @@ class TopKDistillation:
 
     def ids_in(self, lead: tuple[int, ...]) -> Tensor:
         """The ids whose logits ``__call__`` reads, in the token shape."""
-        return self.ids.view(*lead, self.ids.shape[-1])
+        return self.ids.view((*lead, self.ids.shape[-1]))
 
     def per_token_in(self, lead: tuple[int, ...]) -> list[Tensor]:
         """The tensors of ``__call__`` in the token shape."""
-        return [t.view(*lead, *t.shape[1:]) for t in self.per_token]
+        return [t.view((*lead, *t.shape[1:])) for t in self.per_token]
 
     def finish(self, result):
         """The loss alone, or (loss, DistillStats)."""
@@ -173,6 +188,8 @@ def checked_pair(divergence, tail: str):
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}; got {tail!r}")
     found = resolve_divergence(divergence)
+    if isinstance(found, type):
+        raise TypeError(f"divergence must be an instance, {found.__name__}(), not the class")
     if tail in ("renormalize_teacher", "drop") and isinstance(found, Divergence) and found.mode_seeking:
         what = (
             "its minimiser is not a match of the student to the teacher (reverse KL leaves a student mass of 1/e on the ids)"
@@ -206,10 +223,9 @@ def _checked_labels(labels: Tensor, lead: tuple[int, ...], vocab_size: int, devi
         raise ValueError(f"labels must have the token shape {tuple(lead)}; got {tuple(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"labels must be on {device}, where the student is; got {labels.device}")
-    labels = labels.reshape(-1).long()
     if device.type == "cpu" and labels.numel() and plain_eager(labels):
-        check_range(torch.where(labels == ignore_index, 0, labels.masked_fill(labels == -1, -2))[:, None], vocab_size, "labels")
-    return labels
+        check_range(labels, vocab_size, "labels", ignore_index)
+    return labels.reshape(-1).long()
 
 
 def topk_distill_loss(
@@ -300,7 +316,8 @@ def token_logprobs(
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64.
-        ids: int32 or int64, [...] (one per token) or [..., K]; −1 (an empty slot) gives −inf.
+        ids: int32 or int64, [...] (one per token) or [..., K]; −1 (an empty slot) and an id that its row already has give
+            −inf.
         entropy: also return H(q) = lse − μ.
         temperature, logit_scale, softcap, valid_vocab, shard, backend: see :func:`vocab_stats`.
         inplace_backward: d logits overwrite the logits' memory.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .primitives.boundary import checked_ids
-from .primitives.head import Head
+from .primitives.head import Head, checked_number
 from .primitives.shard import VocabShard, vocabulary
 from .primitives.vocab_stats import DEFAULT_WANT, VocabStats, checked_logits, checked_want, row_stats
 
@@ -60,6 +60,8 @@ def row_loss(
         ValueError, TypeError: naming the argument. BackendError: `backend` cannot serve these tensors.
     """
     checked_logits(logits)
+    if not callable(fn):
+        raise TypeError(f"fn must be a function of the statistics; got {type(fn).__name__}")
     vocab = vocabulary(logits.shape[-1], shard)
     head = Head.checked(vocab, temperature, logit_scale, softcap, valid_vocab)
     lead = tuple(logits.shape[:-1])
@@ -81,8 +83,9 @@ def reduced(stats: VocabStats, fn, per_token, weights, lead, reduction, num_item
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if reduction == "none":
         many = isinstance(rows, tuple)
-        rows = tuple(weighted(r, weights).to(dtype).view(*lead, *r.shape[1:]) for r in (rows if many else (rows,)))
-        loss = rows if many else rows[0]
+        found = [checked_rows(r, None, math.prod(lead), more=True) for r in (rows if many else (rows,))]
+        found = tuple(weighted(r, weights).to(dtype).view((*lead, *r.shape[1:])) for r in found)
+        loss = found if many else found[0]
     else:
         count = denominator(weights, math.prod(lead), reduction, num_items_in_batch)
         loss = (checked_rows(rows, weights, math.prod(lead)).sum() / count).to(dtype)
@@ -90,7 +93,7 @@ def reduced(stats: VocabStats, fn, per_token, weights, lead, reduction, num_item
 
 
 def in_token_shape(aux: Sequence[Tensor], lead: tuple[int, ...]) -> tuple[Tensor, ...]:
-    return tuple(a.detach().view(*lead, *a.shape[1:]) for a in aux)
+    return tuple(a.detach().view((*lead, *a.shape[1:])) for a in aux)
 
 
 def checked_weights(weights: Tensor | None, lead: tuple[int, ...], device: torch.device) -> Tensor | None:
@@ -108,6 +111,8 @@ def checked_weights(weights: Tensor | None, lead: tuple[int, ...], device: torch
 
 def flat_per_token(name: str, tensor: Tensor, lead: tuple[int, ...], device: torch.device) -> Tensor:
     """[..., *] as [N, *]."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must hold tensors; got {type(tensor).__name__}")
     if tuple(tensor.shape[: len(lead)]) != tuple(lead):
         raise ValueError(f"{name} tensors must start with the token shape {tuple(lead)}; got {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -120,9 +125,9 @@ def checked_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
 
 
-def checked_rows(rows: Tensor, weights: Tensor | None, n: int) -> Tensor:
-    """The rows [N] that `fn` returned, times their weights."""
-    if not isinstance(rows, Tensor) or tuple(rows.shape) != (n,):
+def checked_rows(rows: Tensor, weights: Tensor | None, n: int, more: bool = False) -> Tensor:
+    """The rows [N] that `fn` returned ([N, ...] where `more` is allowed), times their weights."""
+    if not isinstance(rows, Tensor) or tuple(rows.shape[: 1 if more else None]) != (n,):
         got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(f"fn must return one loss per row, shape ({n},); got {got}")
     return weighted(rows, weights)
@@ -154,5 +159,10 @@ def denominator(weights: Tensor | None, n: int, reduction: str, num_items_in_bat
     if num_items_in_batch is None:
         num_items_in_batch = n if weights is None else weights.sum()
     if isinstance(num_items_in_batch, Tensor):
-        return torch.where(num_items_in_batch == 0, 1, num_items_in_batch)
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(f"num_items_in_batch must be one number; got a tensor of shape {tuple(num_items_in_batch.shape)}")
+        count = num_items_in_batch.reshape(())
+        return torch.where(count == 0, 1, count)
+    if checked_number("num_items_in_batch", num_items_in_batch) < 0:
+        raise ValueError(f"num_items_in_batch must not be negative; got {num_items_in_batch}")
     return num_items_in_batch or 1.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .primitives.boundary import check_range
-from .primitives.head import Head
+from .primitives.head import Head, checked_positive
 from .primitives.vocab_stats import checked_logits, row_stats
 
 
@@ -37,10 +37,14 @@ class TeacherTopK:
     temperature: float = 1.0
 
     def __post_init__(self):
+        for name, tensor in (("ids", self.ids), ("logprobs", self.logprobs), ("tail_logprob", self.tail_logprob)):
+            if not isinstance(tensor, Tensor) and not (name == "tail_logprob" and tensor is None):
+                raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
         if self.ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids must be int32 or int64; got {self.ids.dtype}")
-        if not self.logprobs.is_floating_point():
-            raise TypeError(f"logprobs must be floating point; got {self.logprobs.dtype}")
+        for name, tensor in (("logprobs", self.logprobs), ("tail_logprob", self.tail_logprob)):
+            if tensor is not None and not tensor.is_floating_point():
+                raise TypeError(f"{name} must be floating point; got {tensor.dtype}")
         if self.ids.dim() == 0 or self.ids.shape != self.logprobs.shape:
             raise ValueError(f"ids and logprobs must share a shape [..., K]; got {tuple(self.ids.shape)} and {tuple(self.logprobs.shape)}")
         if self.tail_logprob is not None and self.tail_logprob.shape != self.shape:
@@ -49,8 +53,7 @@ class TeacherTopK:
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != self.ids.device:
                 raise ValueError(f"{name} must be on {self.ids.device}, where ids is; got {tensor.device}")
-        if not isinstance(self.temperature, numbers.Real) or not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a positive number; got {self.temperature!r}")
+        checked_positive("temperature", self.temperature)
 
     @property
     def k(self) -> int:
@@ -119,6 +122,8 @@ class TeacherTopK:
 
     def truncate(self, k: int) -> TeacherTopK:
         """The `k` most probable slots (ties to the earlier one); the mass that is dropped joins the tail."""
+        if isinstance(k, bool) or not isinstance(k, numbers.Integral):
+            raise TypeError(f"k must be an int; got {type(k).__name__}")
         if not 0 < k <= self.k:
             raise ValueError(f"k must be in [1, {self.k}]; got {k}")
         log_p = self.log_p()
@@ -143,8 +148,7 @@ class TeacherTopK:
 
     def recalibrate(self, c: float) -> TeacherTopK:
         """softmax(p/c) over the ids, a softmax over *probabilities*, tail 0 (FIRST, arXiv 2408.12168)."""
-        if not c > 0:
-            raise ValueError(f"c must be positive; got {c}")
+        c = checked_positive("c", c)
         log_p = self.log_p()
         return self._only((log_p.exp() / c).masked_fill(log_p == -math.inf, -math.inf).log_softmax(-1))
 
@@ -154,9 +158,8 @@ class TeacherTopK:
         p^{T₀/T} renormalised on the ids: the tail's shape is not stored, so its mass at another temperature is unknown.
         Use it with ``tail="renormalize"``, or capture again.
         """
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive; got {temperature}")
-        return self._only((self.log_p() * (self.temperature / temperature)).log_softmax(-1), float(temperature))
+        temperature = checked_positive("temperature", temperature)
+        return self._only((self.log_p() * (self.temperature / temperature)).log_softmax(-1), temperature)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name, for collators: ``TeacherTopK(**tensors, temperature=...)`` is the inverse."""
@@ -192,7 +195,10 @@ class TeacherTopK:
     def cat(teachers: Sequence[TeacherTopK], dim: int = 0) -> TeacherTopK:
         """Concatenates over a token dimension; smaller K are filled with empty slots, tails derived where one has none."""
         teachers = _alike(teachers)
-        dim = dim if dim >= 0 else dim + len(teachers[0].shape)
+        dims = len(teachers[0].shape)
+        if not -dims <= dim < dims:
+            raise ValueError(f"dim must be one of the {dims} token dimensions; got {dim}")
+        dim %= dims
         tails = [t.tail_logprob for t in teachers]
         return replace(
             teachers[0],
@@ -230,6 +236,9 @@ def _alike(teachers: Sequence[TeacherTopK]) -> list[TeacherTopK]:
     """The same teachers with one K, and either all with a tail or all without."""
     if not teachers:
         raise ValueError("teachers must hold at least one TeacherTopK; got none")
+    for t in teachers:
+        if not isinstance(t, TeacherTopK):
+            raise TypeError(f"teachers must hold TeacherTopK; got {type(t).__name__}")
     temperatures = {t.temperature for t in teachers}
     if len(temperatures) > 1:
         raise ValueError(f"teachers must share a temperature; got {sorted(temperatures)}")

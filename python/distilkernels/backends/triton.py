@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from ..primitives.head import Head
 
-_SERVED = ("vocab_stats", "vocab_stats_backward")
+_SERVED = (
+    "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
+    "linear_vocab_stats", "linear_vocab_stats_backward",
+)  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(primitive: str, *tensors: Tensor) -> str | None:
-    """None if the Triton kernels serve `primitive` on these tensors, else why they do not. Imports no triton itself."""
+def why_not(primitive: str, *tensors: Tensor, want: Iterable[str] = ()) -> str | None:
+    """None if the Triton kernels serve `primitive` on these tensors, else why they do not. Imports no triton itself.
+
+    `want` names the statistics asked of linear_vocab_stats, whose first two tensors are hidden and weight.
+    """
     if primitive not in _SERVED:
         return f"there is no Triton kernel for {primitive}"
     devices = {t.device for t in tensors}
@@ -30,6 +37,15 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
     refused = {t.dtype for t in tensors if t.is_floating_point()}.difference(_DTYPES)
     if refused:
         return f"Triton kernels take float32, bfloat16 or float16 logits; got {refused.pop()}"
+    if primitive.startswith("linear_vocab_stats"):
+        if len({t.dtype for t in tensors[:2]}) > 1:
+            return f"hidden and weight must have one dtype to be tiles of one GEMM; got {tensors[0].dtype} and {tensors[1].dtype}"
+        ranked = [name for name in ("rank", "mass_above") if name in tuple(want)]
+        if ranked:
+            return (
+                f"{' and '.join(ranked)} compare every logit of a row with K of them, which are not known before the tiles that "
+                "hold them; the chunked path has them"
+            )
     if device.type == "cuda" and not interpreted:
         if torch.version.hip is not None:
             return "the Triton kernels are written and tested for NVIDIA devices; this is a ROCm build of torch"
@@ -45,9 +61,40 @@ def vocab_stats(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, h
     launch(logits, ids, thresholds, head, out)
 
 
-def vocab_stats_backward(
-    logits: Tensor, ids: Tensor | None, entries: Tensor | None, coef: Tensor, terms: tuple[str, ...], head: Head, out: Tensor
-) -> None:
+def vocab_stats_backward(logits: Tensor, ids: Tensor | None, entries: Tensor | None, coef: Tensor, terms: tuple[str, ...], head: Head, out: Tensor) -> None:
     from ..kernels.vocab_stats_backward import vocab_stats_backward as launch
 
     launch(logits, ids, entries, coef, terms, head, out)
+
+
+def gather_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
+    from ..kernels.gather_dot import gather_dot as launch
+
+    launch(hidden, weight, ids, out)
+
+
+def gather_dot_hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, out: Tensor) -> None:
+    from ..kernels.gather_dot import gather_dot_hidden_grad as launch
+
+    launch(grad, weight, ids, dtype, out)
+
+
+def gather_dot_weight_grad(grad: Tensor, hidden: Tensor, order: Tensor, targets: Tensor, out: Tensor) -> None:
+    from ..kernels.gather_dot import gather_dot_weight_grad as launch
+
+    launch(grad, hidden, order, targets, out)
+
+
+def linear_vocab_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, head: Head, out: dict[str, Tensor]) -> None:
+    from ..kernels.linear_vocab_stats import linear_vocab_stats as launch
+
+    launch(hidden, weight, bias, ids, head, out)
+
+
+def linear_vocab_stats_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, entries: Tensor | None, coef: Tensor,
+    terms: tuple[str, ...], head: Head, grads: dict[str, Tensor], skip: float | None = None, skip_weight: float = 0.0,
+) -> None:  # fmt: skip
+    from ..kernels.linear_vocab_stats_backward import linear_vocab_stats_backward as launch
+
+    launch(hidden, weight, bias, ids, entries, coef, terms, head, grads, skip, skip_weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -56,12 +57,15 @@ def checked_ids(ids: torch.Tensor, lead: tuple[int, ...], vocab_size: int, devic
     return ids
 
 
-def check_range(ids: torch.Tensor, vocab_size: int, name: str = "ids") -> None:
-    """ValueError with the first row and id outside [-1, vocab_size). Reads the values: on a GPU this waits for it."""
+def check_range(ids: torch.Tensor, vocab_size: int, name: str = "ids", nothing: int = -1) -> None:
+    """ValueError with the first place outside [0, vocab_size) that is not `nothing`. Reads values: on a GPU this waits."""
     low, high = ids.aminmax()
-    if low < -1 or high >= vocab_size:
-        row, slot = ((ids < -1) | (ids >= vocab_size)).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{row}, {slot}] is {int(ids[row, slot])}; ids must be in [0, {vocab_size}) or -1 for an empty slot")
+    if low < min(nothing, 0) or high >= vocab_size or nothing < -1:
+        bad = ((ids < 0) & (ids != nothing)) | (ids >= vocab_size)
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            what = "an empty slot" if nothing == -1 else "an ignored token"
+            raise ValueError(f"{name}{place} is {int(ids[tuple(place)])}; {name} must be in [0, {vocab_size}) or {nothing} for {what}")
 
 
 def without_duplicates(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -71,3 +75,12 @@ def without_duplicates(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
     repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     invalid = torch.empty_like(repeated).scatter_(1, order, repeated) | (ids < 0) | (ids >= vocab_size)
     return ids.masked_fill(invalid, -1)
+
+
+def distinct_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """:func:`without_duplicates` for checked ids: on a CPU a look first, since they nearly always are distinct already."""
+    if ids.device.type == "cpu" and plain_eager(ids):
+        ordered = np.sort(ids.detach().numpy(), axis=-1)
+        if not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+            return ids
+    return without_duplicates(ids, vocab_size)

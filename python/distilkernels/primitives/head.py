@@ -20,10 +20,10 @@ class Head(NamedTuple):
     @classmethod
     def checked(cls, vocab_size: int, temperature=1.0, logit_scale=1.0, softcap=None, valid_vocab=None) -> Head:
         """The head for rows of `vocab_size` columns; ValueError or TypeError names the argument that is wrong."""
-        temperature = _positive("temperature", temperature)
-        logit_scale = _number("logit_scale", logit_scale)
+        temperature = checked_positive("temperature", temperature)
+        logit_scale = checked_number("logit_scale", logit_scale)
         if softcap is not None:
-            softcap = _positive("softcap", softcap)
+            softcap = checked_positive("softcap", softcap)
         if valid_vocab is not None:
             if isinstance(valid_vocab, bool) or not isinstance(valid_vocab, numbers.Integral):
                 raise TypeError(f"valid_vocab must be an int; got {type(valid_vocab).__name__}")
@@ -53,16 +53,18 @@ class Head(NamedTuple):
         return slope if self.softcap is None else slope * (1 - (self.temperature * z / self.softcap) ** 2)
 
 
-def _number(name: str, value) -> float:
+def checked_number(name: str, value) -> float:
+    """A finite float, or an error that names the argument."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
 
 
-def _positive(name: str, value) -> float:
-    value = _number(name, value)
+def checked_positive(name: str, value) -> float:
+    """A finite float above 0, or an error that names the argument."""
+    value = checked_number(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be positive; got {value}")
     return value

@@ -2,48 +2,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
+import os
 import sys
 import threading
 
 import numpy as np
 import torch
 
-_INTEGER = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _HUGE_PAGE = 2**21
 
 # below this the allocator itself keeps pages warm
 _RECYCLE_FROM = 2**23
+
+# the reference count tells who holds a buffer only where a lock keeps it exact
+_COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 _lock = threading.Lock()
 _kept: np.ndarray | None = None
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros whose pages exist only once they are written: calloc on a CPU, an ordinary fill elsewhere."""
-    count = math.prod(shape)
-    if device.type != "cpu" or count * dtype.itemsize < 16 * mmap.PAGESIZE:
+    """Zeros of which only the pages that are written come to exist, for gradients that touch few rows of a large weight."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < _RECYCLE_FROM:
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(count, _INTEGER[dtype.itemsize])).view(dtype).view(shape)
+    return torch.from_numpy(_pages(nbytes, huge=False)[:nbytes]).view(dtype).view(shape)
 
 
 def recycled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``torch.empty`` that reuses the last large CPU buffer once nothing refers to it any more.
 
-    One buffer is kept, of the last size asked for: a training loop frees the gradient of step t before step t + 1 makes
-    its own, and then meets warm, huge pages. Anything that still holds the tensor or a view of it, a ``.grad`` say,
-    keeps the buffer from being given out again. :func:`release` gives it back to the system.
+    One buffer is kept, the last one made: a training loop frees the gradient of step t before step t + 1 makes its own,
+    and then meets warm, huge pages. Anything that still holds the tensor or a view of it, a ``.grad`` say, keeps the
+    buffer from being given out again. :func:`release` gives it back to the system. Its storage cannot be resized.
     """
     global _kept
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < _RECYCLE_FROM:
+    if device.type != "cpu" or nbytes < _RECYCLE_FROM or not _COUNTED:
         return torch.empty(shape, dtype=dtype, device=device)
     with _lock:
         # two references are ours: the name and getrefcount's argument; a tensor made of the buffer is a third
-        if _kept is None or _kept.nbytes != nbytes or sys.getrefcount(_kept) > 2:
-            _kept = _aligned(nbytes)
-        return torch.from_numpy(_kept).view(dtype).view(shape)
+        if _kept is None or not nbytes <= _kept.nbytes <= 4 * nbytes or sys.getrefcount(_kept) > 2:
+            _kept = _pages(nbytes, huge=True)
+        return torch.from_numpy(_kept)[:nbytes].view(dtype).view(shape)
 
 
 def release() -> None:
@@ -53,11 +57,24 @@ def release() -> None:
         _kept = None
 
 
-def _aligned(nbytes: int) -> np.ndarray:
-    """Bytes that start on a huge page and ask for huge pages, where the system has them."""
-    area = mmap.mmap(-1, nbytes + _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
+def _pages(nbytes: int, huge: bool) -> np.ndarray:
+    """Fresh private pages, zero when first touched; huge ones start on their own boundary."""
+    # Python's default is a mapping that a forked child would share
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    area = mmap.mmap(-1, nbytes + _HUGE_PAGE, **private)
+    advice = getattr(mmap, "MADV_HUGEPAGE" if huge else "MADV_NOHUGEPAGE", None)
+    if advice is not None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            area.madvise(advice)
     whole = np.frombuffer(area, np.int8)
     start = -whole.ctypes.data % _HUGE_PAGE
     return whole[start : start + nbytes]
+
+
+def _after_fork() -> None:
+    global _lock, _kept
+    _lock, _kept = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -23,7 +23,9 @@ class VocabStats(NamedTuple):
     ``mass_above`` [..., K]    Σ q_v over those v, NaN for an empty slot; not differentiable
     ========================== ==================================================================================
 
-    A row with a NaN has NaN statistics, and −1 for argmax and rank.
+    A row with a NaN has NaN statistics, and −1 for argmax, rank and finite_count. +inf is no logit: what a row with one
+    gives depends on the backend. Under a softcap a −inf logit becomes −softcap, as in the models that have one: mask
+    columns by `valid_vocab`.
     """
 
     lse: Tensor | None = None

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backends import resolve
 from .boundary import checked_ids, plain_eager, rows_of, without_duplicates
 from .head import Head
-from .memory import lazy_zeros, recycled_empty
+from .memory import recycled_empty
 from .shard import VocabShard, vocabulary
 from .statistics import DEFAULT_WANT, DIFFERENTIABLE, INTEGER, PER_SLOT, VocabStats, checked_want, computed
 
@@ -196,11 +196,15 @@ def statistics(
 ) -> dict[str, Tensor]:
     """The named statistics of logits [O, I, V], flat, rows in double."""
     if names == ("gathered",):
+        if backend is not None:
+            resolve("vocab_stats", logits, ids, backend=backend)  # for its refusal: no kernel is needed
         return {"gathered": gather_logits(logits, without_duplicates(ids, logits.shape[2]), head)}
     launch = resolve("vocab_stats", logits, ids, backend=backend)
     out = _allocate(logits, ids, names)
     if logits.numel():
         launch(logits, ids, thresholds, head, out)
+    if "finite_count" in out:
+        out["finite_count"].masked_fill_(out["logit_sum"].isnan(), -1)
     return out
 
 
@@ -209,7 +213,7 @@ def logits_grad(
 ) -> Tensor:  # fmt: skip
     """d logits [O, I, V]; `sparse`: nothing but the entries can be nonzero, so the vocabulary axis is not read."""
     if sparse:
-        out = logits.zero_() if inplace else lazy_zeros(tuple(logits.shape), logits.dtype, logits.device)
+        out = (logits if inplace else recycled_empty(tuple(logits.shape), logits.dtype, logits.device)).zero_()
         slots = (*logits.shape[:2], ids.shape[1])
         # an addition, so that a skipped slot may aim at column 0 with a zero
         return out.scatter_add_(2, ids.clamp(min=0).long().view(slots), entries.masked_fill(ids < 0, 0).to(out.dtype).view(slots))
@@ -357,6 +361,19 @@ def _sharded(*arguments):
     return torch.compiler.disable(_VocabStats.apply)(*arguments)
 
 
+def _overlaps(rows: Tensor) -> bool:
+    """Whether two rows of [O, I, V] may share memory, as those of an expanded tensor do."""
+    if torch.compiler.is_compiling() or rows.numel() == 0:
+        return False
+    extent = rows.shape[2]
+    for size, stride in sorted(zip(rows.shape[:2], rows.stride()[:2]), key=lambda axis: axis[1]):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += (size - 1) * stride
+    return False
+
+
 def row_stats(
     logits: Tensor, ids: Tensor | None, want: tuple[str, ...], head: Head, *,
     thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False, shard: VocabShard | None = None,
@@ -366,6 +383,8 @@ def row_stats(
     if not names:
         return VocabStats()
     rows = rows_of(logits)
+    if inplace_backward and _overlaps(rows):
+        raise ValueError(f"inplace_backward needs logits whose rows do not share memory; got strides {logits.stride()} for shape {tuple(logits.shape)}")
     if shard is not None:
         values = _sharded(rows, ids, thresholds, names, head, backend, inplace_backward, shard)
     elif plain_eager(logits, ids, functorch=True):
@@ -422,7 +441,7 @@ def vocab_stats(
     if ids is not None:
         ids = checked_ids(ids, lead, vocab, logits.device)
     stats = row_stats(logits, ids, want, head, backend=backend, shard=shard)
-    return VocabStats(*(t if t is None else presented(t, logits.dtype).view(*lead, *t.shape[1:]) for t in stats))
+    return VocabStats(*(t if t is None else presented(t, logits.dtype).view((*lead, *t.shape[1:])) for t in stats))
 
 
 def presented(t: Tensor, dtype: torch.dtype) -> Tensor:
