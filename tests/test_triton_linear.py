@@ -103,7 +103,7 @@ HEADS = {
 SHAPES = {
     "one_row": (1, 29, 7, 1),  # V prime and below a tile, H below a step and odd
     "blocks": (37, 211, 65, 5),  # three row blocks, four spans, H one past a step
-    "covered": (17, 131, 64, 131),  # every column an id: the tail is empty; H of whole steps
+    "covered": (17, 67, 64, 67),  # every column an id: the tail is empty; H of whole steps
     "empty": (5, 101, 33, 0),  # K = 0 has a tail, which is everything
     "no_ids": (3, 67, 16, None),
 }
@@ -400,21 +400,15 @@ def gather_case(dtype):
 TEMPERED, CAPPED = Head(temperature=2.0), Head(softcap=30.0, temperature=2.0)
 EVERY_TERM = ("linear", "constant", "t1")
 VARIANTS = {
-    "loss-bfloat16": lambda major: forward_case(major, torch.bfloat16),
-    "loss-float16": lambda major: forward_case(major, torch.float16, head=TEMPERED),
-    "loss-float32": lambda major: forward_case(major, torch.float32, TILED, CAPPED),
-    "loss-H_896": lambda major: forward_case(major, torch.bfloat16, h=896),
-    "loss-softcap": lambda major: forward_case(major, torch.bfloat16, head=CAPPED),
-    "entropy": lambda major: forward_case(major, torch.bfloat16, (*LOSS, "expected_logit"), CAPPED),
+    "loss": lambda major: forward_case(major, torch.bfloat16),
+    "entropy": lambda major: forward_case(major, torch.float16, (*LOSS, "expected_logit"), CAPPED, h=896),
     "everything": lambda major: forward_case(major, torch.bfloat16, TILED, CAPPED),
-    "backward-bfloat16": lambda major: backward_case(major, torch.bfloat16),
-    "backward-float32": lambda major: backward_case(major, torch.float32, EVERY_TERM, CAPPED),
-    "backward-entropy": lambda major: backward_case(major, torch.bfloat16, ("linear",), TEMPERED),
-    "backward-H_896": lambda major: backward_case(major, torch.bfloat16, h=896),
-    "backward-softcap": lambda major: backward_case(major, torch.float16, (), CAPPED),
+    "everything-float32": lambda major: forward_case(major, torch.float32, TILED, CAPPED),
+    "backward": lambda major: backward_case(major, torch.bfloat16),
+    "backward-entropy": lambda major: backward_case(major, torch.float16, ("linear",), TEMPERED, h=896),
     "backward-everything": lambda major: backward_case(major, torch.bfloat16, EVERY_TERM, CAPPED),
-    "gather_dot-bfloat16": lambda major: gather_case(torch.bfloat16),
-    "gather_dot-float32": lambda major: gather_case(torch.float32),
+    "backward-float32": lambda major: backward_case(major, torch.float32, EVERY_TERM, CAPPED),
+    "gather_dot": lambda major: gather_case(torch.bfloat16),
 }
 _TENSOR_CORES = {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}
 
