@@ -20,7 +20,8 @@ import torch
 
 from distilkernels import backends, vocab_stats
 from distilkernels.primitives.head import Head
-from distilkernels.primitives.vocab_stats import WANTS, reference, reference_backward
+from distilkernels.primitives.statistics import WANTS
+from distilkernels.primitives.vocab_stats import reference, reference_backward
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
