@@ -368,7 +368,7 @@ def meta(*shape, dtype=torch.float32):
 def forward_case(major, dtype, want=LOSS, head=PLAIN, h=H):
     from distilkernels.kernels.linear_vocab_stats import config_for, forward_launches, heavy
 
-    config = config_for(dtype, major, heavy(want))
+    config = config_for(dtype, major, heavy(want, head))
     ids, out = meta(N, K, dtype=torch.int64), outputs(N, K, want, "meta")
     return forward_launches(meta(N, h, dtype=dtype), meta(V, h, dtype=dtype), None, ids, head, out, config)[-2:]
 
@@ -401,7 +401,7 @@ TEMPERED, CAPPED = Head(temperature=2.0), Head(softcap=30.0, temperature=2.0)
 EVERY_TERM = ("linear", "constant", "t1")
 VARIANTS = {
     "loss": lambda major: forward_case(major, torch.bfloat16),
-    "entropy": lambda major: forward_case(major, torch.float16, (*LOSS, "expected_logit"), CAPPED, h=896),
+    "entropy": lambda major: forward_case(major, torch.float16, (*LOSS, "expected_logit"), TEMPERED, h=896),
     "everything": lambda major: forward_case(major, torch.bfloat16, TILED, CAPPED),
     "everything-float32": lambda major: forward_case(major, torch.float32, TILED, CAPPED),
     "backward": lambda major: backward_case(major, torch.bfloat16),

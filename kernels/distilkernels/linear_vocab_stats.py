@@ -79,9 +79,9 @@ def major_of(hidden: Tensor) -> int:
     return major if major in (9, 10) else 8
 
 
-def heavy(names: Iterable[str]) -> bool:
-    """Whether these statistics need more registers beside a tile than those of the losses and the entropy."""
-    return not {"argmax", "logit_sum", "lse_t1"}.isdisjoint(names)
+def heavy(names: Iterable[str], head: Head) -> bool:
+    """Whether these statistics need more registers beside a tile than those of the losses and the entropy without softcap."""
+    return head.softcap is not None or not {"argmax", "logit_sum", "lse_t1"}.isdisjoint(names)
 
 
 # ---------------------------------------------------------------------------------------------- device
@@ -350,7 +350,7 @@ def forward_launches(
     config: Config | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of :func:`linear_vocab_stats`."""
-    config = config or config_for(hidden.dtype, major_of(hidden), heavy(out))
+    config = config or config_for(hidden.dtype, major_of(hidden), heavy(out, head))
     n, vocab = hidden.shape[0], weight.shape[0]
     k = ids.shape[1] if ids is not None and ("gathered" in out or "tail_lse" in out) else 0
     distinct, order, launches = ordered_ids(ids, vocab, True) if k else (None, None, [])

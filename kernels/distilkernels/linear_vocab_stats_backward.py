@@ -12,10 +12,11 @@ once per tile (74 ms of it at N = 8,192 and V = 151,936) and each of the two pro
 
 Skipping. The level of a block (block_m × block_n of dz) is its largest |dz| over its row's scale, which is the row's
 largest |entry|, or |A·dz/dx| where there are no ids. `skip` leaves blocks with level ≤ skip out of d hidden, `skip_weight`
-out of d weight. The default `skip` is u/V, u the relative rounding error of the dtype (2⁻⁸ for bfloat16, 2⁻¹¹ for float16): all that
-can be left out of a row then adds up to u·scale, which is what rounding dz to 16 bits may change its largest entry by. 0 leaves out exact zeros only: the default for float32, and for d weight,
-where a rare token's whole row may be made of such blocks and an optimizer that normalises would see its direction vanish.
-A row's d hidden may then depend, within that bound, on which rows share its block.
+out of d weight. The default `skip` is u/V, u the relative rounding error of the dtype (2⁻⁸ for bfloat16, 2⁻¹¹ for
+float16): all that can be left out of a row then adds up to u·scale, which is what rounding dz to 16 bits may change its
+largest entry by. 0 leaves out exact zeros only: the default for float32, and for d weight, where a rare token's whole row
+may be made of such blocks and an optimizer that normalises would see its direction vanish. A row's d hidden may then
+depend, within that bound, on which rows share its block.
 """
 
 from __future__ import annotations
