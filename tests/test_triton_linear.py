@@ -40,8 +40,9 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0 ** (-7 if INTERPRETED e
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run natively on the device")
 @pytest.mark.parametrize(
     "file,selection",
-    [("test_triton_linear.py", "native"), ("test_gather_dot.py", "triton-cpu and float32 and not bfloat16 and values")],
-    ids=["seams", "gather_dot"],
+    [("test_triton_linear.py", "native"), ("test_gather_dot.py", "triton-cpu and float32 and not bfloat16 and values"),
+     ("test_linear_tiles.py", "equal_chunks")],
+    ids=["seams", "gather_dot", "losses"],
 )
 def test_under_the_interpreter(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -47,6 +47,7 @@ def linear_row_loss(
     num_active: int | None = None,
     logits_dtype: torch.dtype | None = None,
     sparse_weight_grad: bool = False,
+    path: str = "chunked",
     backend: str | None = None,
 ):
     """Any loss that depends on the rows of ``hidden Wᵀ + bias`` through their statistics, without those rows.
@@ -68,6 +69,8 @@ def linear_row_loss(
 
         sparse_weight_grad: where `want` is "gathered" alone, d weight is a sparse tensor of the rows at the ids, as
             ``nn.Embedding(sparse=True)`` gives; elsewhere every row has a gradient, and asking is a ValueError.
+        path: "chunked", or "tiles" for a Triton GEMM whose tiles of logits are reduced in registers and recomputed in the
+            backward: 8·N·V·H FLOPs instead of 6, no room for a chunk needed. Triton only; no rank, mass_above or shard.
 
     Returns:
         As :func:`row_loss`. A scalar's gradient is computed in the forward: three GEMMs, two or one where weight or hidden
@@ -87,9 +90,9 @@ def linear_row_loss(
     weights = checked_weights(token_weights, lead, hidden.device)
     per_token = [flat_per_token("per_token", t, lead, hidden.device) for t in per_token]
     checked_reduction(reduction)
-    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard, sparse_weight_grad)
+    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard, sparse_weight_grad, path)
 
-    if reduction == "none" or plan.names in ((), ("gathered",)):
+    if reduction == "none" or path == "tiles" or plan.names in ((), ("gathered",)):
         stats = statistics_of(flat, weight, bias, ids, want, plan)
         return reduced(stats, fn, per_token, weights, lead, reduction, num_items_in_batch, has_aux, plan.dtype)
 
@@ -213,7 +216,7 @@ def gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def checked_plan(
-    want, ids, head: Head, hidden: Tensor, weight: Tensor, chunk_size, logits_dtype, backend, shard, sparse_weight_grad=False
+    want, ids, head: Head, hidden: Tensor, weight: Tensor, chunk_size, logits_dtype, backend, shard, sparse_weight_grad=False, path="chunked"
 ) -> Plan:
     dtype = gemm_dtype(hidden, weight)
     if logits_dtype not in (None, torch.float32, dtype) or (dtype == torch.float64 and logits_dtype == torch.float32):
@@ -227,7 +230,11 @@ def checked_plan(
     names = computed(want, ids is not None)
     if sparse_weight_grad and names != ("gathered",):
         raise ValueError(f"sparse_weight_grad needs a loss of the gathered logits alone (tail='renormalize'); this one needs {', '.join(names)}")
-    return Plan(names, head, chunk_size, dtype, logits_dtype, backend, shard, sparse_weight_grad)
+    if path not in ("chunked", "tiles"):
+        raise ValueError(f"path must be 'chunked' or 'tiles'; got {path!r}")
+    if path == "tiles" and shard is not None:
+        raise ValueError("path='tiles' has no vocabulary-parallel form: a shard needs path='chunked'")
+    return Plan(names, head, chunk_size, dtype, logits_dtype, backend, shard, sparse_weight_grad, path)
 
 
 def active_rows(weights: Tensor | None, n: int, num_active: int | None) -> Tensor | None:
@@ -268,7 +275,8 @@ def gathered_over_shards(hidden: Tensor, weight: Tensor, bias: Tensor | None, id
 def linear_vocab_stats(
     hidden: Tensor, weight: Tensor, ids: Tensor | None = None, *, want: Iterable[str] = DEFAULT_WANT, bias: Tensor | None = None,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, valid_vocab: int | None = None,
-    shard: VocabShard | None = None, chunk_size: int | None = None, logits_dtype: torch.dtype | None = None, backend: str | None = None,
+    shard: VocabShard | None = None, chunk_size: int | None = None, logits_dtype: torch.dtype | None = None, path: str = "chunked",
+    backend: str | None = None,
 ) -> VocabStats:  # fmt: skip
     """:func:`vocab_stats` of ``hidden Wᵀ + bias``, differentiable in hidden, weight and bias; [N, V] is never kept.
 
@@ -279,7 +287,7 @@ def linear_vocab_stats(
     want = checked_want(want, ids is not None)
     if ids is not None:
         ids = checked_ids(ids, lead, vocab, hidden.device)
-    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard)
+    plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard, path=path)
     stats = statistics_of(flat, weight, bias, ids, want, plan) if plan.names else VocabStats()
     return VocabStats(*(t if t is None else presented(t, plan.dtype).view((*lead, *t.shape[1:])) for t in stats))
 
@@ -309,13 +317,14 @@ def linear_topk_distill_loss(
     num_active: int | None = None,
     logits_dtype: torch.dtype | None = None,
     sparse_weight_grad: bool = False,
+    path: str = "chunked",
     backend: str | None = None,
 ):
     """:func:`topk_distill_loss` of the logits ``hidden Wᵀ + bias``, which are never kept.
 
     Args:
         hidden: [..., H]; weight: [V, H]; bias: [V] or None.
-        chunk_size, num_active, logits_dtype, sparse_weight_grad: see :func:`linear_row_loss`.
+        chunk_size, num_active, logits_dtype, sparse_weight_grad, path: see :func:`linear_row_loss`.
         The others: see :func:`topk_distill_loss`. tail="renormalize" without labels and statistics has no vocabulary GEMM.
 
     Returns:
@@ -334,7 +343,7 @@ def linear_topk_distill_loss(
         hidden, weight, epilogue.ids_in(lead), epilogue, per_token=epilogue.per_token_in(lead), want=epilogue.want, bias=bias,
         token_weights=epilogue.weights.view(lead), reduction=reduction, num_items_in_batch=epilogue.denominator,
         shard=shard, has_aux=return_stats, chunk_size=chunk_size, num_active=num_active, logits_dtype=logits_dtype,
-        sparse_weight_grad=sparse_weight_grad, backend=backend, **head._asdict(),
+        sparse_weight_grad=sparse_weight_grad, path=path, backend=backend, **head._asdict(),
     )  # fmt: skip
     return epilogue.finish(result)
 

@@ -19,4 +19,6 @@ __all__ = [
 
 
 def why_not(primitive: str, *tensors) -> str | None:
+    if primitive.startswith("linear_vocab_stats"):
+        return "it would hold [tokens, vocab]: without a kernel for tiles, chunks serve this everywhere (path='chunked')"
     return None

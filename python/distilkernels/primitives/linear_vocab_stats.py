@@ -1,6 +1,6 @@
 """``vocab_stats`` of hidden Wᵀ, chunk by chunk: the logits of one chunk at a time are all that exists of [N, V].
 
-Two drivers over the same chunk. :class:`RowsFromHidden` keeps the statistics and recomputes the logits in the backward
+Two drivers over the same chunk. :class:`RowsFromHidden` (and :class:`RowsFromTiles`, which has no chunk either) keeps the statistics and recomputes the logits in the backward
 (four GEMMs): any gradient may arrive. The losses, whose gradient is known up to a factor, compute it in their forward
 (three GEMMs; see :mod:`distilkernels.linear`).
 """
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import module
+from ..errors import BackendError
 from .head import Head
 from .head_gemm import HeadGemm
 from .shard import VocabShard
-from .vocab_stats import DIFFERENTIABLE, VocabStats, dense_coefficients, logits_grad, logits_grad_op, statistics, statistics_op
+from .vocab_stats import DIFFERENTIABLE, VocabStats, allocate, dense_coefficients, logits_grad, logits_grad_op, statistics, statistics_op
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Plan:
     backend: str | None = None
     shard: VocabShard | None = None
     sparse_weight_grad: bool = False
+    path: str = "chunked"
 
     def columns(self, weight: Tensor) -> int:
         """Columns that take part: the valid ones, or all of a shard's, whose head masks them."""
@@ -151,8 +154,60 @@ class RowsFromHidden(torch.autograd.Function):
         return *(None if grad is None else grad.to(like.dtype) for grad, like in found), None, None
 
 
+def _tile_kernel(primitive: str, hidden: Tensor, weight: Tensor, names: tuple[str, ...]):
+    """The kernel that never writes logits, or a BackendError that says why it cannot serve."""
+    triton = module("triton")
+    reason = triton.why_not(primitive, hidden, weight, want=names)
+    if reason is not None:
+        raise BackendError(f"path='tiles' cannot serve this call: {reason}")
+    return getattr(triton, primitive)
+
+
+class RowsFromTiles(torch.autograd.Function):
+    """The same statistics from a GEMM whose tiles are reduced in registers; tiles of logits are recomputed in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, plan):
+        h, w, b = _operands(hidden, weight, bias, plan)
+        rows = torch.empty((1, h.shape[0], 0), dtype=torch.float32, device=h.device)
+        outputs = allocate(rows, ids, plan.names)
+        if h.shape[0]:
+            _tile_kernel("linear_vocab_stats", h, w, plan.names)(h, w, b, ids, plan.local, outputs)
+        ctx.save_for_backward(hidden, weight, bias, ids, *outputs.values())
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in DIFFERENTIABLE))
+        return tuple(outputs.values())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        hidden, weight, bias, ids, *saved = ctx.saved_tensors
+        plan = ctx.plan
+        grads = {name: g for name, g in zip(plan.names, grads) if g is not None and name in DIFFERENTIABLE}
+        if not grads:
+            return None, None, None, None, None
+        ids, entries, coef, terms = dense_coefficients(dict(zip(plan.names, saved)), grads, ids, plan.local)
+        h, w, b = _operands(hidden, weight, bias, plan)
+        like = {"hidden": hidden, "weight": weight, "bias": bias}
+        needed = [name for name, needs in zip(like, ctx.needs_input_grad) if needs and like[name] is not None]
+        # columns from valid_vocab on take no part
+        found = {name: torch.zeros_like(like[name]) if plan.columns(weight) < weight.shape[0] else torch.empty_like(like[name]) for name in needed}
+        written = {name: t if name == "hidden" else t[: plan.columns(weight)] for name, t in found.items()}
+        if h.shape[0]:
+            _tile_kernel("linear_vocab_stats_backward", h, w, plan.names)(h, w, b, ids, entries, coef, terms, plan.local, written)
+        return *(found.get(name) for name in like), None, None
+
+
+def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden, weight and bias on the valid columns, rounded to the GEMM's dtype, rows contiguous."""
+    columns = plan.columns(weight)
+    h, w = (t.to(plan.dtype) if t.stride(-1) == 1 else t.to(plan.dtype).contiguous() for t in (hidden, weight[:columns]))
+    return h, w, None if bias is None else bias[:columns]
+
+
 def linear_row_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, want: tuple[str, ...], plan: Plan) -> VocabStats:
     """Flat, float64 statistics of hidden [N, H]; differentiable in hidden, weight and bias."""
-    found = dict(zip(plan.names, RowsFromHidden.apply(hidden, weight, bias, ids, plan)))
+    function = RowsFromTiles if plan.path == "tiles" else RowsFromHidden
+    found = dict(zip(plan.names, function.apply(hidden, weight, bias, ids, plan)))
     keep = set(want) | ({"finite_count"} if "logit_sum" in want else set())
     return VocabStats(**{name: t if name in DIFFERENTIABLE else t.detach() for name, t in found.items() if name in keep})

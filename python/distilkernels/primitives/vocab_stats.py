@@ -30,7 +30,8 @@ def row_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _allocate(logits: Tensor, ids: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+def allocate(logits: Tensor, ids: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Empty outputs for rows like those of logits [O, I, V]."""
     n = logits.shape[0] * logits.shape[1]
     slot_dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     out = {}
@@ -200,7 +201,7 @@ def statistics(
             resolve("vocab_stats", logits, ids, backend=backend)  # for its refusal: no kernel is needed
         return {"gathered": gather_logits(logits, without_duplicates(ids, logits.shape[2]), head)}
     launch = resolve("vocab_stats", logits, ids, backend=backend)
-    out = _allocate(logits, ids, names)
+    out = allocate(logits, ids, names)
     if logits.numel():
         launch(logits, ids, thresholds, head, out)
     if "finite_count" in out:
@@ -313,7 +314,7 @@ def _op(
 
 @_op.register_fake
 def _(logits, ids, thresholds, names, temperature, logit_scale, softcap, valid_vocab, backend):
-    return list(_allocate(logits, ids, tuple(names.split(","))).values())
+    return list(allocate(logits, ids, tuple(names.split(","))).values())
 
 
 @torch.library.custom_op("distilkernels::vocab_stats_backward", mutates_args=())
