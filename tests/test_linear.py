@@ -141,21 +141,37 @@ def test_rows_of_weight_zero_cost_no_product(monkeypatch):
         dk.linear_topk_distill_loss(h, w, teacher, bias=b, temperature=1.5, num_active=99)
 
 
-def test_num_active_as_on_a_gpu():
-    """The device-side sort keeps rows in order and takes what it is told."""
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_num_active_on_a_gpu():
+    """The device-side sort keeps rows in order and takes what it is told, without a sync."""
     from distilkernels import linear
 
-    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 3.0], dtype=F64)
-    order = (weights == 0).to(torch.int8).argsort(stable=True)[:3]
-    assert torch.equal(linear.active_rows(weights, 5, None), order)
+    weights = torch.tensor([0.0, 2.0, 0.0, 1.0, 3.0], dtype=F64, device="cuda")
+    assert linear.active_rows(weights, 5, 3).tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_nan_row_of_weight_zero_reaches_no_gradient(tail, reduction):
+    h, w, b, teacher = problem()
+    weights = torch.ones(2, N)
+    weights[0, 3] = 0
+    poisoned = h.detach().clone()
+    poisoned[0, 3] = math.nan
+    poisoned.requires_grad_()
+    loss = dk.linear_topk_distill_loss(poisoned, w, teacher, bias=b, temperature=1.5, tail=tail, token_weights=weights, reduction=reduction)
+    want = dk.topk_distill_loss(h @ w.t() + b, teacher, temperature=1.5, tail=tail, token_weights=weights, reduction=reduction)
+    for a, e in zip(torch.autograd.grad(loss.sum(), (poisoned, w, b)), torch.autograd.grad(want.sum(), (h, w, b))):
+        torch.testing.assert_close(a, e)
 
 
 def test_nothing_counts():
     h, w, b, teacher = problem()
     for tail in ("bucket", "renormalize"):
         for hidden, t, weights in ((h, teacher, torch.zeros(2, N)), (h[:, :0], teacher[:, :0], None)):
-            loss = dk.linear_topk_distill_loss(hidden, w, t, bias=b, temperature=1.5, token_weights=weights, tail=tail)
-            assert loss == 0
+            loss, stats = dk.linear_topk_distill_loss(hidden, w, t, bias=b, temperature=1.5, token_weights=weights, tail=tail, return_stats=True)
+            assert loss == 0 and stats.entropy.shape == t.shape
             for grad, like in zip(torch.autograd.grad(loss, (h, w, b)), (h, w, b)):
                 assert torch.equal(grad, torch.zeros_like(like))
 
@@ -288,3 +304,57 @@ def test_named_errors(call, error, message):
     teacher = dk.TeacherTopK(teacher.ids, teacher.logprobs, teacher.tail_logprob)
     with pytest.raises(error, match=message):
         call(h, w, teacher)
+
+
+def test_inside_a_checkpoint_and_saved_tensor_hooks():
+    """The epilogue's own small graph is no business of a surrounding checkpoint or offloading."""
+    from torch.utils.checkpoint import checkpoint
+
+    h, w, b, teacher = problem()
+
+    def loss(h, w, b):
+        return dk.linear_topk_distill_loss(h, w, teacher, bias=b, temperature=1.5, chunk_size=4)
+
+    same(checkpoint(loss, h, w, b, use_reentrant=False), loss(h, w, b), (h, w, b))
+    with torch.autograd.graph.save_on_cpu():
+        offloaded = loss(h, w, b)
+    same(offloaded, loss(h, w, b), (h, w, b))
+
+
+def test_a_closed_over_parameter_is_refused():
+    h, w, _, teacher = problem()
+    p = torch.tensor(0.7, dtype=F64, requires_grad=True)
+    with pytest.raises(ValueError, match="hand it in by per_token"):
+        dk.linear_row_loss(h, w, None, lambda s: s.lse * (p * 2), want="lse")
+    with pytest.raises(ValueError, match="hand it in by per_token"):
+        dk.linear_topk_distill_loss(h, w, teacher, temperature=1.5, divergence=dk.divergences.JSD(p))
+    scale = torch.rand(2, N, dtype=F64, requires_grad=True)
+    got = dk.linear_row_loss(h, w, None, lambda s, x: s.lse * x, want="lse", per_token=[scale], chunk_size=4)
+    same(got, ((h @ w.t()).logsumexp(-1) * scale).mean(), (h, w, scale))
+    constant = dk.linear_row_loss(h, w, None, lambda s: torch.ones_like(s.lse), want="lse")
+    assert torch.equal(torch.autograd.grad(constant, h)[0], torch.zeros_like(h))
+
+
+def test_half_precision_sums_do_not_overflow():
+    """fp16, one chunk: Σ dz·h is past 65,504 before the denominator."""
+    h = torch.full((256, 16), 100.0, dtype=torch.float16).requires_grad_()
+    w = torch.zeros(33, 16, dtype=torch.float16).requires_grad_()
+    teacher = dk.TeacherTopK(torch.zeros(256, 1, dtype=torch.int64), torch.zeros(256, 1), temperature=4.0)
+    (grad,) = torch.autograd.grad(dk.linear_topk_distill_loss(h, w, teacher, temperature=4.0), w)
+    assert grad.isfinite().all() and 380 < grad.abs().max() < 400
+
+
+def test_a_second_derivative_is_refused_by_name():
+    h, w, _, teacher = problem()
+    for reduction in ("mean", "none"):
+        for factor in (1.0, 2.0):
+            loss = dk.linear_topk_distill_loss(h, w, teacher, temperature=1.5, reduction=reduction).sum() * factor
+            (g,) = torch.autograd.grad(loss, h, create_graph=True)
+            with pytest.raises(RuntimeError, match="a linear-fused loss has no second derivative"):
+                torch.autograd.grad(g.sum(), h)
+    with pytest.raises(RuntimeError, match=r"does not run under torch\.func"):
+        torch.func.grad(lambda x: dk.linear_topk_distill_loss(x, w, teacher, temperature=1.5))(h.detach())
+
+
+def test_names_of_the_package():
+    assert dk.nn.DistillHead and dk.integrations.transformers.hidden_and_head

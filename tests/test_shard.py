@@ -13,6 +13,7 @@ import distilkernels as dk
 
 N, V, H, K = 9, 101, 16, 6
 EVERYTHING = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max", "argmax", "rank", "mass_above")
+HEAD = dict(temperature=1.3, softcap=5.0, logit_scale=0.7)
 EVEN = {2: [0, 51, 101], 4: [0, 26, 51, 76, 101]}
 UNEVEN = {2: [0, 3, 101], 4: [0, 70, 71, 90, 101]}
 
@@ -75,7 +76,7 @@ def worker(rank, world, port, cuts, dtype_name, out):
     z[2, 1, 5] = float("nan")
     ids = torch.rand(3, N // 3, V, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :K]
     ids[0, 0, 1], ids[0, 0, 3] = -1, ids[0, 0, 0]
-    found["stats"] = dk.vocab_stats(z[..., start:stop], ids, want=EVERYTHING, shard=shard, temperature=1.3)
+    found["stats"] = dk.vocab_stats(z[..., start:stop], ids, want=EVERYTHING, shard=shard, **HEAD)
     found["signal"] = dk.linear_token_logprobs(hidden, weight[start:stop], ids[..., 0].clamp(min=0), bias=bias[start:stop], entropy=True, shard=shard)
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -112,9 +113,9 @@ def test_ranks_equal_one_process(world, cuts, tmp_path):
     z[2, 1, 5] = float("nan")
     ids = torch.rand(3, N // 3, V, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :K]
     ids[0, 0, 1], ids[0, 0, 3] = -1, ids[0, 0, 0]
-    want = dk.vocab_stats(z, ids, want=EVERYTHING, temperature=1.3)
+    want = dk.vocab_stats(z, ids, want=EVERYTHING, **HEAD)
     for rank in ranks:
-        for name in EVERYTHING:
+        for name in (*EVERYTHING, "finite_count"):
             torch.testing.assert_close(getattr(rank["stats"], name), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True)
         for got, exact in zip(rank["signal"], dk.linear_token_logprobs(hidden, weight, ids[..., 0].clamp(min=0), bias=bias, entropy=True)):
             torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)

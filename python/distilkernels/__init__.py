@@ -30,3 +30,12 @@ __all__ = [
     "topk_distill_loss",
     "vocab_stats",
 ]
+
+
+def __getattr__(name: str):
+    """``dk.nn`` and ``dk.integrations`` are imported when they are first named."""
+    if name in ("integrations", "nn"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

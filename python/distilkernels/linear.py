@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .losses import TopKDistillation, logprob_epilogue
-from .primitives.boundary import checked_ids, plain_eager, without_duplicates
+from .primitives.boundary import checked_ids, functorch_refused, plain_eager, without_duplicates
 from .primitives.gather_dot import gather_dot
 from .primitives.head import Head
 from .primitives.head_gemm import default_chunk_size
-from .primitives.linear_vocab_stats import Chunks, Gradients, Plan, linear_row_stats
+from .primitives.linear_vocab_stats import Chunks, Gradients, Plan, linear_row_stats, refusing_twice
 from .primitives.shard import CopiedToShards, SummedOverShards, VocabShard, vocabulary
 from .primitives.vocab_stats import DEFAULT_WANT, DIFFERENTIABLE, VocabStats, checked_want, computed, presented
 from .row_loss import checked_reduction, checked_rows, checked_weights, denominator, flat_per_token, for_epilogue, in_token_shape, reduced
@@ -57,12 +57,12 @@ def linear_row_loss(
         weight: [V, H], the lm_head; its dtype may differ (float32 master weights): GEMMs run in the autocast dtype, else
             in the promoted one. dW accumulates in float32 and returns in the weight's dtype.
         ids, fn, per_token, want, token_weights, reduction, num_items_in_batch, has_aux, temperature, logit_scale,
-            softcap, valid_vocab, shard, backend: see :func:`row_loss`. `fn` runs under torch.func, once per chunk, so it must not
-            close over per-token tensors: hand them in by `per_token`.
+            softcap, valid_vocab, shard, backend: see :func:`row_loss`. `fn` runs once per chunk, so it must not close over
+            per-token tensors or any that requires grad (a ValueError): hand them in by `per_token`.
         bias: [V] or None.
         chunk_size: tokens whose logits exist at once; default 256 on a CPU, 4,096 on a GPU.
-        num_active: on a GPU, how many rows have a weight other than 0: the others are sorted away and cost no GEMM. On a
-            CPU they are always left out.
+        num_active: on a GPU, how many rows have a weight other than 0: the others are sorted away and cost no GEMM (a number
+            that is too small drops rows). On a CPU they are counted and left out. Not with reduction="none", which has all.
         logits_dtype: of the logits scratch: float32, or the 16-bit dtype of the GEMMs, which halves it and rounds every
             logit to 2⁻⁹ (bf16) or 2⁻¹² (fp16) of its size, as a model's own logits are. The default is float32 where the
             GEMM gives float32 (CUDA, torch ≥ 2.8; float32 operands; CPUs without a fast 16-bit GEMM), else 16 bits.
@@ -92,25 +92,76 @@ def linear_row_loss(
     checked_reduction(reduction)
     plan = checked_plan(want, ids, head, flat, weight, chunk_size, logits_dtype, backend, shard, sparse_weight_grad, path)
 
-    if reduction == "none" or path == "tiles" or plan.names in ((), ("gathered",)):
-        stats = statistics_of(flat, weight, bias, ids, want, plan)
-        return reduced(stats, fn, per_token, weights, lead, reduction, num_items_in_batch, has_aux, plan.dtype)
-
-    count = denominator(weights, flat.shape[0], reduction, num_items_in_batch)
-    active = active_rows(weights, flat.shape[0], num_active)
-    n = flat.shape[0]
+    n, count = flat.shape[0], denominator(weights, flat.shape[0], reduction, num_items_in_batch)
+    active = active_rows(weights, n, num_active) if reduction != "none" else None
     if active is not None:
         flat, weights = flat[active], weights[active]
         ids = None if ids is None else ids[active]
         per_token = [t[active] for t in per_token]
+    elif weights is not None:
+        # whatever a row of weight 0 holds must not meet d weight: 0·NaN is NaN in a GEMM
+        flat = flat.masked_fill((weights == 0)[:, None], 0)
+
+    if reduction == "none" or path == "tiles" or plan.names in ((), ("gathered",)):
+        stats = statistics_of(flat, weight, bias, ids, want, plan)
+        shape = lead if active is None else (flat.shape[0],)
+        result = reduced(stats, fn, per_token, weights, shape, reduction, count, has_aux, plan.dtype)
+        if active is None or not has_aux:
+            return result
+        return result[0], in_token_shape([scattered(a, active, n) for a in result[1]], lead)
+
+    functorch_refused("linear_row_loss")
     # the denominator is part of d logits, but for fp16 operands, which would underflow: there it follows the GEMMs
     before = 1.0 if plan.dtype == torch.float16 else count
     total, *aux = _LinearRowLoss.apply(flat, weight, bias, ids, weights, fn, has_aux, plan, before, torch.is_grad_enabled(), *per_token)
     dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
     loss = (total / count if plan.dtype == torch.float16 else total).to(dtype)
     if active is not None:
-        aux = [a.new_zeros(n, *a.shape[1:]).index_copy(0, active, a) for a in aux]
+        aux = [scattered(a, active, n) for a in aux]
     return (loss, in_token_shape(aux, lead)) if has_aux else loss
+
+
+def scattered(part: Tensor, active: Tensor, n: int) -> Tensor:
+    """Rows [A, ...] at their places among N; 0 in the rows that were left out."""
+    return part.new_zeros(n, *part.shape[1:]).index_copy(0, active, part)
+
+
+def epilogue_gradient(value: Callable, leaves: dict):
+    """({gradients of the leaves}, (value, aux)); inside another autograd function's forward, so on a graph of its own.
+
+    Tensors that `value` closes over would get no gradient: one that wants one is refused.
+    """
+    if torch.compiler.is_compiling():
+        return torch.func.grad_and_value(value, has_aux=True)(leaves)
+    # hooks of a surrounding checkpoint or offloading are about the caller's graph
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        own = {"stats": {k: t.detach().requires_grad_() for k, t in leaves["stats"].items()},
+               "per_token": [t.detach().requires_grad_() for t in leaves["per_token"]]}  # fmt: skip
+        flat = [*own["stats"].values(), *own["per_token"]]
+        part, aux = value(own)
+        if not part.requires_grad:
+            return {"stats": {}, "per_token": [torch.zeros_like(t) for t in leaves["per_token"]]}, (part, aux)
+        strangers = graph_leaves(part) - {id(t) for t in flat}
+        if strangers:
+            raise ValueError("fn closes over a tensor that requires grad, which would get none here: hand it in by per_token, or detach it")
+        slopes = torch.autograd.grad(part, flat, allow_unused=True)
+    used = {k: g for k, g in zip(own["stats"], slopes) if g is not None}
+    rest = [torch.zeros_like(t) if g is None else g for t, g in zip(own["per_token"], slopes[len(own["stats"]) :])]
+    return {"stats": used, "per_token": rest}, (part.detach(), aux)
+
+
+def graph_leaves(root: Tensor) -> set[int]:
+    """The ids of the leaf tensors that a tensor's graph leads to."""
+    found, seen, todo = set(), set(), [root.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 class _LinearRowLoss(torch.autograd.Function):
@@ -143,12 +194,13 @@ class _LinearRowLoss(torch.autograd.Function):
             if grads is None:
                 part, aux = value(leaves)
             else:
-                slopes, (part, aux) = torch.func.grad_and_value(value, has_aux=True)(leaves)
+                slopes, (part, aux) = epilogue_gradient(value, leaves)
                 per_token_grads.append(slopes["per_token"])
                 if any(needs):
-                    grads.add(rows, h, chunks.to_gradient(rows, z, stats, slopes["stats"]))
+                    grads.add(rows, h, chunks.to_gradient(rows, z, stats, slopes["stats"]) if slopes["stats"] else z.zero_())
             total += part.detach()
             aux_parts.append([a.detach() for a in aux])
+        ctx.save_for_backward(hidden, weight, bias)  # for what they require: a second derivative is refused by name
         ctx.grads = None if grads is None else (*grads.finished(), *(torch.cat(parts) for parts in zip(*per_token_grads)))
         ctx.differentiated, ctx.arguments, ctx.given = [first + i for i in differentiated], first + len(per_token), False
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)] + [per_token[i].dtype for i in differentiated]
@@ -157,6 +209,7 @@ class _LinearRowLoss(torch.autograd.Function):
         return total, *aux
 
     @staticmethod
+    @refusing_twice
     def backward(ctx, upstream, *_):
         if ctx.grads is None:
             return (None,) * ctx.arguments
@@ -176,12 +229,12 @@ class _LinearRowLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
-    """grad·factor in `dtype`, in one pass, rounded once; over grad's own memory unless it is to be kept."""
+    """grad·factor in `dtype`, in one pass; over grad's own memory unless it is to be kept."""
     if factor is None:
         return grad.to(dtype, copy=keep)
     if grad.dtype == dtype and not keep:
         return grad.mul_(factor)
-    return torch.mul(grad, factor.to(grad.dtype), out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
+    return torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=dtype, device=grad.device))
 
 
 def checked_linear(
@@ -191,6 +244,8 @@ def checked_linear(
     for name, t in (("hidden", hidden), ("weight", weight), *([] if bias is None else [("bias", bias)])):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+        if hasattr(t, "placements"):
+            raise TypeError(f"{name} is a DTensor: distilkernels.nn.DistillHead runs the loss on a sharded or replicated lm_head")
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {t.dtype}")
         if t.device != hidden.device:
@@ -267,7 +322,8 @@ def gathered_over_shards(hidden: Tensor, weight: Tensor, bias: Tensor | None, id
     shard, head = plan.shard, plan.head
     distinct = without_duplicates(ids, vocabulary(weight.shape[0], shard) if head.valid_vocab is None else head.valid_vocab)
     local = shard.local_ids(distinct)
-    x = gather_dot(CopiedToShards.apply(hidden, shard), weight, local, bias=bias, head=Head(), dtype=plan.dtype, backend=plan.backend)
+    x = gather_dot(CopiedToShards.apply(hidden, shard), weight, local, bias=bias, head=Head(), dtype=plan.dtype, backend=plan.backend,
+                   sparse_weight_grad=plan.sparse_weight_grad)  # fmt: skip
     x = SummedOverShards.apply(x.masked_fill(local < 0, 0), shard)
     return head._replace(valid_vocab=None).apply(x).masked_fill(distinct < 0, -math.inf)
 

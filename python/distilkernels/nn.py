@@ -25,10 +25,12 @@ class DistillHead(nn.Module):
             to the forward take precedence.
 
     What not to do:
-        - activation checkpointing around this module: the gradient is computed in the forward, so that would run all three
-          GEMMs twice and save nothing. Checkpoint the layers before it.
+        - activation checkpointing around this module: the gradient is computed in the forward, so that runs all three
+          GEMMs twice and saves nothing. Checkpoint the layers before it.
         - one call per pipeline microbatch with a frozen-size schedule: each call makes a whole d weight. Gather the
           microbatches' hidden states and call once, or freeze the head.
+        - a replicated DTensor weight with different tokens on each rank: its gradient is this rank's own, and nothing
+          averages it. Shard the data under FSDP2, or reduce the gradient yourself.
         - reading ``lm_head.weight`` outside the forward under FSDP2: it is a shard there.
 
     Raises:
@@ -80,6 +82,8 @@ def _local(parameter: Tensor, name: str) -> tuple[Tensor, VocabShard | None]:
             "FSDP2 call fully_shard on the DistillHead itself, so that its hooks gather the weight"
         )
     mesh, dim = parameter.device_mesh, sharded[0]
+    if -(-parameter.shape[0] // mesh.size(dim)) * (mesh.size(dim) - 1) >= parameter.shape[0]:
+        raise ValueError(f"{name} has {parameter.shape[0]} columns, too few for a shard on each of {mesh.size(dim)} ranks")
     # DTensor cuts like torch.chunk: all parts but the last have the rounded-up size
     size, world = parameter.shape[0], mesh.size(dim)
     part = -(-size // world)

@@ -18,7 +18,15 @@ from ..errors import BackendError
 
 ORDER = ("cuda", "triton", "cpp", "reference")
 
-PRIMITIVES = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "linear_vocab_stats", "linear_vocab_stats_backward")
+PRIMITIVES = (
+    "vocab_stats",
+    "vocab_stats_backward",
+    "gather_dot",
+    "gather_dot_hidden_grad",
+    "gather_dot_weight_grad",
+    "linear_vocab_stats",
+    "linear_vocab_stats_backward",
+)
 
 
 def module(name: str) -> ModuleType:

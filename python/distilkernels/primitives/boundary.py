@@ -84,3 +84,22 @@ def distinct_ids(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
         if not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
             return ids
     return without_duplicates(ids, vocab_size)
+
+
+class Once(torch.autograd.Function):
+    """Identity on a gradient that is a kernel's; a derivative of it is refused with a sentence."""
+
+    @staticmethod
+    def forward(ctx, grad, source, name):
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name} has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead")
+
+
+def functorch_refused(name: str) -> None:
+    """RuntimeError where a torch.func transform is active and `name` cannot serve it."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(f"{name} does not run under torch.func transforms: use autograd, or the loss on logits")

@@ -9,6 +9,7 @@ segment sum over pairs sorted by id for d weight. Bias, head and masks act on [N
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -20,6 +21,17 @@ from .head import Head
 from .memory import lazy_zeros, recycled_empty
 
 
+def _without_autocast(fn):
+    """Autocast would round the float32 sums to 16 bits."""
+
+    @functools.wraps(fn)
+    def run(*tensors):
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return fn(*tensors)
+
+    return run
+
+
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products of operands of `dtype` accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -28,6 +40,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------- reference
 
 
+@_without_autocast
 def reference(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     """Writes out[n, k] = hidden[n] · weight[ids[n, k]]; 0 where the id is negative.
 
@@ -38,6 +51,7 @@ def reference(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     out.copy_(torch.einsum("nh,nkh->nk", hidden.to(out.dtype), rows).masked_fill(ids < 0, 0))
 
 
+@_without_autocast
 def reference_hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, dtype: torch.dtype, out: Tensor) -> None:
     """Writes out[n] = Σ_k grad[n, k]·weight[ids[n, k]], rows rounded to the operand `dtype`; negative ids are skipped.
 
@@ -48,6 +62,7 @@ def reference_hidden_grad(grad: Tensor, weight: Tensor, ids: Tensor, dtype: torc
     out.copy_(torch.einsum("nk,nkh->nh", grad.masked_fill(ids < 0, 0), rows))
 
 
+@_without_autocast
 def reference_weight_grad(grad: Tensor, hidden: Tensor, order: Tensor, targets: Tensor, out: Tensor) -> None:
     """Writes out[u] = Σ grad[n, k]·hidden[n] over the pairs (n, k) of target u; rows of out that are no target are left.
 

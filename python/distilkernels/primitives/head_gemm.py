@@ -102,7 +102,12 @@ class HeadGemm:
 
     def add_weight_grad(self, dz: Tensor, h: Tensor, total: Tensor, first: bool) -> None:
         """total [V, H] (+)= dzᵀ h; `first` overwrites, so that fresh memory is not zeroed before."""
-        product(dz.to(self.operand).t(), h, total, accumulate=not first)
+        if dz.dtype == self.operand:
+            product(dz.t(), h, total, accumulate=not first)
+            return
+        for start in range(0, total.shape[0], _TILE):
+            columns = slice(start, start + _TILE)
+            product(dz[:, columns].to(self.operand).t(), h, total[columns], accumulate=not first)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:

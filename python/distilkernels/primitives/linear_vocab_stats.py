@@ -1,8 +1,8 @@
 """``vocab_stats`` of hidden Wᵀ, chunk by chunk: the logits of one chunk at a time are all that exists of [N, V].
 
-Two drivers over the same chunk. :class:`RowsFromHidden` (and :class:`RowsFromTiles`, which has no chunk either) keeps the statistics and recomputes the logits in the backward
+Two drivers over the same chunk. :class:`RowsFromHidden` keeps the statistics and recomputes the logits in the backward
 (four GEMMs): any gradient may arrive. The losses, whose gradient is known up to a factor, compute it in their forward
-(three GEMMs; see :mod:`distilkernels.linear`).
+(three GEMMs; see :mod:`distilkernels.linear`). :class:`RowsFromTiles` has no chunk either.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends import module
 from ..errors import BackendError
+from .boundary import Once, functorch_refused
 from .head import Head
 from .head_gemm import HeadGemm
 from .shard import VocabShard
@@ -57,7 +58,8 @@ class Chunks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, hidden operand [C, H], logits [C, V])."""
-        for start in range(0, self.n, self.plan.chunk_size):
+        # no rows make one empty chunk, so that every result has its shape
+        for start in range(0, max(self.n, 1), self.plan.chunk_size):
             rows = slice(start, min(start + self.plan.chunk_size, self.n))
             h = self.gemm.tokens(self.hidden[rows])
             z = self.scratch[: h.shape[0]]
@@ -96,29 +98,44 @@ class Gradients:
         self.columns = chunks.vocab
         self.hidden = torch.empty(hidden.shape, **options) if needs[0] else None
         # one chunk needs no accumulator: the product is rounded once, to the weight's own dtype
-        alone = chunks.n <= chunks.plan.chunk_size and gemm.operand == weight.dtype
+        # (fp16 would overflow: its denominator comes after the product)
+        alone = chunks.n <= chunks.plan.chunk_size and gemm.operand == weight.dtype and gemm.dtype != torch.float16
         self.weight = torch.empty(weight.shape, **(options | ({"dtype": weight.dtype} if alone else {}))) if needs[1] else None
         self.bias = torch.zeros(bias.shape, **options) if needs[2] and bias is not None else None
         if self.weight is not None:
             self.weight[self.columns :].zero_()
 
     def add(self, rows: slice, h: Tensor, dz: Tensor) -> None:
+        """Adds a chunk's d z [C, V]."""
+        if self.bias is not None:
+            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype)
+        if not self.gemm.tiled:
+            dz = dz.to(self.gemm.operand)
         if self.hidden is not None:
             self.gemm.hidden_grad(dz, self.hidden[rows])
         if self.weight is not None:
             self.gemm.add_weight_grad(dz, h, self.weight[: self.columns], first=not self.started)
-        if self.bias is not None:
-            self.bias[: self.columns] += dz.sum(0, dtype=self.bias.dtype)
         self.started = True
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if not self.started:
-            for grad in (self.hidden, self.weight):
-                if grad is not None:
-                    grad.zero_()
         if self.shard is not None and self.hidden is not None:
             self.shard.reduce_sum(self.hidden)
         return self.hidden, self.weight, self.bias
+
+
+def refusing_twice(backward):
+    """A backward whose gradients are computed without a graph and refuse to be differentiated again."""
+
+    def run(ctx, *grads):
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if twice:
+            source = next(t for t in ctx.saved_tensors if t is not None and t.requires_grad)
+            found = tuple(None if g is None else Once.apply(g, source, "a linear-fused loss") for g in found)
+        return found
+
+    return run
 
 
 class RowsFromHidden(torch.autograd.Function):
@@ -128,8 +145,6 @@ class RowsFromHidden(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, ids, plan):
         chunks = Chunks(hidden, weight, bias, ids, plan)
         parts = [chunks.statistics(rows, z) for rows, _, z in chunks]
-        if not parts:
-            parts = [statistics(hidden.new_empty(1, 0, chunks.vocab), ids, None, plan.names, plan.local, plan.backend)]
         outputs = {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
         ctx.save_for_backward(hidden, weight, bias, ids, *(outputs[name] for name in outputs))
         ctx.plan = plan
@@ -138,6 +153,7 @@ class RowsFromHidden(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
+    @refusing_twice
     def backward(ctx, *grads):
         hidden, weight, bias, ids, *saved = ctx.saved_tensors
         plan = ctx.plan
@@ -180,6 +196,7 @@ class RowsFromTiles(torch.autograd.Function):
         return tuple(outputs.values())
 
     @staticmethod
+    @refusing_twice
     def backward(ctx, *grads):
         hidden, weight, bias, ids, *saved = ctx.saved_tensors
         plan = ctx.plan
@@ -207,6 +224,7 @@ def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -
 
 def linear_row_stats(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None, want: tuple[str, ...], plan: Plan) -> VocabStats:
     """Flat, float64 statistics of hidden [N, H]; differentiable in hidden, weight and bias."""
+    functorch_refused("linear_vocab_stats")
     function = RowsFromTiles if plan.path == "tiles" else RowsFromHidden
     found = dict(zip(plan.names, function.apply(hidden, weight, bias, ids, plan)))
     keep = set(want) | ({"finite_count"} if "logit_sum" in want else set())

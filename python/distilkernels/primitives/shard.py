@@ -81,7 +81,10 @@ class VocabShard:
         here = tuple(name for name in VocabStats._fields if name in here)
         if ids is not None:
             local_ids = self.local_ids(without_duplicates(ids, _ANY))
-            gathered = self.reduce_max(run(logits, local_ids, None, ("gathered",), head, backend)["gathered"])
+            # rank compares with the kernel's own z: under a softcap its tanh may differ from PyTorch's in the last bit
+            exact = head.softcap is not None and ("rank" in names or "mass_above" in names)
+            first = ("lse", "gathered") if exact else ("gathered",)
+            gathered = self.reduce_max(run(logits, local_ids, None, first, head, backend)["gathered"])
         if names == ("gathered",):
             return {"gathered": gathered}
         found = run(logits, local_ids, None, here, head, backend)
@@ -124,6 +127,8 @@ class VocabShard:
         for name in ("logit_sum", "finite_count"):
             if name in part:
                 merged[name] = part[name].sum(0)
+        if "finite_count" in part:
+            merged["finite_count"] = merged["finite_count"].masked_fill(bad, -1)
         if "max" in part:
             merged["max"] = torch.where(bad, math.nan, part["max"].amax(0))
         if "argmax" in part:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .boundary import checked_ids, plain_eager, rows_of, without_duplicates
+from .boundary import Once, checked_ids, plain_eager, rows_of, without_duplicates
 from .head import Head
 from .memory import recycled_empty
 from .shard import VocabShard, vocabulary
@@ -246,18 +246,6 @@ def _grad_of_logits(ctx, saved_tensors, grads, launch) -> Tensor | None:
     return launch(logits, ids, entries, coef, terms, ctx.head, ctx.backend, sparse, ctx.inplace)
 
 
-class _Once(torch.autograd.Function):
-    """Identity whose own derivative is refused with a sentence."""
-
-    @staticmethod
-    def forward(ctx, grad, logits):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("vocab_stats has no second derivative: its gradient is itself a kernel. Differentiate a plain PyTorch loss twice instead")
-
-
 class _VocabStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, thresholds, names, head, backend, inplace, shard):
@@ -279,7 +267,7 @@ class _VocabStats(torch.autograd.Function):
                 torch.autograd.graph.increment_version(saved[0])
                 grad = grad.detach()
         if twice and grad is not None and plain_eager(saved[0]):
-            grad = _Once.apply(grad, saved[0])
+            grad = Once.apply(grad, saved[0], "vocab_stats")
         return grad, *(None,) * 7
 
 
