@@ -15,6 +15,7 @@ import torch
 
 import distilkernels
 from distilkernels import backends
+from distilkernels.primitives import memory
 
 
 @dataclass
@@ -90,6 +91,7 @@ def gemm_contender(device: str, m: int, n: int, k: int, dtype: torch.dtype) -> C
 def peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
     """Peak memory of one run above what was held before: allocator statistics on a GPU, resident pages on Linux."""
     gc.collect()
+    memory.release()  # a buffer kept from an earlier run would hide what this one needs
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
