@@ -9,6 +9,7 @@ import torch
 
 from . import __version__
 from .backends import module, support
+from .primitives.head_gemm import converts_weight_tiles
 
 
 def _version(package: str) -> str:
@@ -31,6 +32,10 @@ def main() -> None:
     print(f"distilkernels {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(", ".join(f"{name} {_version(name)}" for name in ("triton", "transformers", "cuda-core", "numpy")))
     print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads; C++ kernels: {_describe(cpp)}")
+    tiles = {dtype: converts_weight_tiles(dtype) for dtype in (torch.bfloat16, torch.float16)}
+    print("16-bit lm_heads on this CPU (measured): " + ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {'float32 tiles of the weight' if tiled else 'the library GEMM'}" for dtype, tiled in tiles.items()
+    ))  # fmt: skip
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     print("CUDA: " + (", ".join(devices) or "no device"))
     rows = support()
