@@ -16,7 +16,7 @@ import torch
 
 from distilkernels.backends import cpp
 from distilkernels.primitives.head import Head
-from distilkernels.primitives.vocab_stats import VocabStats, _allocate, reference, reference_backward
+from distilkernels.primitives.vocab_stats import VocabStats, allocate, reference, reference_backward
 
 pytestmark = pytest.mark.skipif(cpp._cpp is None, reason="distilkernels._cpp is not built")
 
@@ -80,7 +80,7 @@ def rows(outer, inner, vocab, k, dtype, spread=3.0, seed=0):
 def stats(launch, x, ids, head, names=EVERYTHING, thresholds=None):
     if ids is None:
         names = tuple(name for name in names if name not in ("gathered", "tail_lse", "rank", "mass_above"))
-    out = _allocate(x, ids, names)
+    out = allocate(x, ids, names)
     for t in out.values():
         t.fill_(-12345)
     launch(x, ids, thresholds, head, out)
@@ -362,7 +362,7 @@ def test_wide_rows_are_not_slower(isa, threads):
     coef[:, 1] = 1
     times = {}
     for name, x in {"narrow": narrow, "wide": narrow * 30}.items():
-        out = _allocate(x, None, ("lse",))
+        out = allocate(x, None, ("lse",))
         grad = torch.empty_like(x)
 
         def call(x=x, out=out, grad=grad):
@@ -376,7 +376,7 @@ def test_wide_rows_are_not_slower(isa, threads):
 
 def test_floating_point_mode_is_restored():
     x = torch.randn(1, 64, 4099)
-    cpp.vocab_stats(x, None, None, Head(), _allocate(x, None, ("lse",)))
+    cpp.vocab_stats(x, None, None, Head(), allocate(x, None, ("lse",)))
     tiny = torch.full((4,), 1e-40)
     assert ((tiny * 0.5) > 0).all()
 
@@ -384,7 +384,7 @@ def test_floating_point_mode_is_restored():
 def _in_child(x, lse, one_thread):
     if one_thread:
         torch.set_num_threads(1)
-    out = _allocate(x, None, ("lse",))
+    out = allocate(x, None, ("lse",))
     cpp.vocab_stats(x, None, None, Head(), out)
     raise SystemExit(0 if torch.equal(out["lse"], lse) else 3)
 
@@ -395,7 +395,7 @@ def test_a_forked_child_does_not_hang(threads, one_thread):
     """A data loader forks after the parent has used OpenMP; its pool has no threads in the child."""
     threads(2)
     x = torch.randn(1, 64, 4099)
-    out = _allocate(x, None, ("lse",))
+    out = allocate(x, None, ("lse",))
     cpp.vocab_stats(x, None, None, Head(), out)
     child = multiprocessing.get_context("fork").Process(target=_in_child, args=(x, out["lse"], one_thread))
     child.start()
