@@ -52,7 +52,7 @@ def checkpointed_chunks(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: T
 
 
 def check(name: str, grads: tuple, hidden: Tensor, weight: Tensor, teacher: dk.TeacherTopK, tail: str, tolerance: float) -> None:
-    """d hidden of the first rows against fp64: a wrong loss, product or statistic shows in it."""
+    """d hidden of the first rows against fp64: a wrong loss or statistic shows in it. d weight is the tests' business."""
     rows = 2
     h = hidden[:rows].detach().double().requires_grad_()
     exact = dk.topk_distill_loss(h @ weight.detach().double().t(), teacher[:rows], tail=tail, backend="reference", reduction="sum")
