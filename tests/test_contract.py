@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 from benchmarks.cases import CONTRACT
+from servers import servers
 
 from distilkernels import BackendError, backends, row_loss, vocab_stats
 from distilkernels.primitives.boundary import rows_of
@@ -18,19 +19,6 @@ from distilkernels.primitives.boundary import rows_of
 DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
 EVERYTHING = (*DIFFERENTIABLE, "max", "argmax", "rank", "mass_above")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def servers() -> list:
-    """(backend, device) pairs that run here; the others are shown as skips with the sentence of their refusal."""
-    pairs = []
-    for name in ("reference", "cpp", "triton"):
-        reason = backends.module(name).why_not("vocab_stats", torch.empty(1, 1, 8))
-        # test_triton.py runs this file again under the interpreter
-        if not (reason and name == "triton"):
-            pairs.append(pytest.param(name, "cpu", id=f"{name}-cpu", marks=[pytest.mark.skip(reason=reason)] if reason else []))
-    if torch.cuda.is_available():
-        pairs += [pytest.param(name, "cuda", id=f"{name}-cuda") for name in ("reference", "triton")]
-    return pairs
 
 
 def upstream(stats, names):
@@ -66,7 +54,7 @@ def close(name, got, same_dtype, exact, slack, size=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 @pytest.mark.parametrize("case", CONTRACT, ids=lambda c: c.name)
 def test_statistics_and_gradient(case, backend, device, dtype):
     logits = case.logits(dtype)
@@ -99,7 +87,7 @@ SUBSETS = [("lse",), ("gathered",), ("lse", "gathered", "tail_lse"), ("expected_
 
 
 @pytest.mark.parametrize("want", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 def test_only_what_is_asked_for(backend, device, want):
     """A subset gives the same numbers as everything together, and nothing else."""
     case = CONTRACT[0]
@@ -119,7 +107,7 @@ def test_only_what_is_asked_for(backend, device, want):
 
 @pytest.mark.parametrize("layout", ["contiguous", "row_stride", "shifted"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 def test_in_place_backward(backend, device, dtype, layout):
     """d logits lie in the logits' memory, equal the fresh ones bit for bit, and a second backward is refused."""
     from dataclasses import replace
@@ -145,7 +133,7 @@ def test_in_place_backward(backend, device, dtype, layout):
         torch.autograd.grad(value, leaf)
 
 
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 def test_thresholds_replace_the_gathered_logits(backend, device):
     """Vocabulary-parallel ranks know the threshold before they read their own columns."""
     from distilkernels.primitives.head import Head
@@ -162,7 +150,7 @@ def test_thresholds_replace_the_gathered_logits(backend, device):
     torch.testing.assert_close(got.mass_above.float(), mass, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 def test_tail_to_a_mass_of_1e_8(backend, device):
     """log q_tail within 1e-5 nats where 1 − Σ would have lost it all."""
     v, k = 20_011, 8
@@ -178,7 +166,7 @@ def test_tail_to_a_mass_of_1e_8(backend, device):
         assert (got - (exact.tail_lse - exact.lse)).abs().max() <= 1e-5, mass
 
 
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 def test_batch_invariance_and_determinism(backend, device):
     """How a row is split depends on V and dtype, never on its neighbours or the number of threads."""
     if backend == "reference":
@@ -198,7 +186,7 @@ def test_batch_invariance_and_determinism(backend, device):
         assert torch.equal(getattr(whole, name)[20:21], getattr(alone, name)), name
 
 
-@pytest.mark.parametrize("backend,device", servers())
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
 @pytest.mark.parametrize("case", [c for c in CONTRACT if c.name in ("prime", "softcap", "no_rows", "shifted")], ids=lambda c: c.name)
 def test_opcheck(case, backend, device):
     """Schema, fake tensors, autograd registration and AOT dispatch of both registered ops."""

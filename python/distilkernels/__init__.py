@@ -2,30 +2,38 @@
 acceptance, compressed KV-cache alignment. The long axis is reduced in kernels, the short one is plain PyTorch."""
 
 from . import backends, divergences
+from .capture import capture_samples, capture_topk, linear_capture_samples, linear_capture_topk, linear_score_topk, score_topk
 from .errors import BackendError
 from .linear import linear_row_loss, linear_token_logprobs, linear_topk_distill_loss, linear_vocab_stats
 from .losses import DistillStats, token_logprobs, topk_distill_loss
 from .primitives.shard import VocabShard
 from .primitives.vocab_stats import VocabStats, vocab_stats
 from .row_loss import row_loss
-from .teacher import TeacherTopK, capture_topk
+from .samples import TeacherSamples
+from .teacher import TeacherTopK
 from .version import __version__
 
 __all__ = [
     "BackendError",
     "DistillStats",
+    "TeacherSamples",
     "TeacherTopK",
     "VocabShard",
     "VocabStats",
     "__version__",
     "backends",
+    "capture_samples",
     "capture_topk",
     "divergences",
+    "linear_capture_samples",
+    "linear_capture_topk",
     "linear_row_loss",
+    "linear_score_topk",
     "linear_token_logprobs",
     "linear_topk_distill_loss",
     "linear_vocab_stats",
     "row_loss",
+    "score_topk",
     "token_logprobs",
     "topk_distill_loss",
     "vocab_stats",
@@ -33,8 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """``dk.nn`` and ``dk.integrations`` are imported when they are first named."""
-    if name in ("integrations", "nn"):
+    """``dk.nn``, ``dk.store`` and ``dk.integrations`` are imported when they are first named."""
+    if name in ("integrations", "nn", "store"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -1,4 +1,4 @@
-"""A teacher's top-k next-token distribution, and its capture from logits."""
+"""A teacher's top-k next-token distribution."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .primitives.boundary import check_range
-from .primitives.head import Head, checked_positive
-from .primitives.vocab_stats import checked_logits, row_stats
+from .primitives.head import checked_positive
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,39 +250,3 @@ def _alike(teachers: Sequence[TeacherTopK]) -> list[TeacherTopK]:
         ids = torch.nn.functional.pad(t.ids, (0, extra), value=-1)
         out.append(replace(t, ids=ids, logprobs=torch.nn.functional.pad(t.logprobs, (0, extra), value=-math.inf), tail_logprob=tail))
     return out
-
-
-@torch.no_grad()
-def capture_topk(logits: Tensor, k: int, *, temperature: float = 1.0, valid_vocab: int | None = None, backend: str | None = None) -> TeacherTopK:
-    """The teacher's `k` most probable next tokens, their log-probs and the exact tail.
-
-    Args:
-        logits: [..., V] float32, bfloat16, float16 or float64.
-        k: in [1, min(V, valid_vocab)].
-        temperature: log-probs are those of softmax(logits / temperature).
-        valid_vocab: columns from it on do not exist.
-
-    Returns:
-        TeacherTopK with int32 ids sorted by descending log-prob (equal ones by ascending id), float32 log-probs and
-        tail (float64 for float64 logits). Which of several values equal to the k-th are kept is torch.topk's choice.
-
-    Raises:
-        ValueError, TypeError: wrong k, temperature, shape or dtype.
-    """
-    checked_logits(logits)
-    head = Head.checked(logits.shape[-1], temperature, valid_vocab=valid_vocab)
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral):
-        raise TypeError(f"k must be an int; got {type(k).__name__}")
-    if not 0 < k <= head.columns(logits.shape[-1]):
-        raise ValueError(f"k must be in [1, {head.columns(logits.shape[-1])}], the valid columns; got {k}")
-    ids = logits[..., : head.columns(logits.shape[-1])].topk(k, dim=-1, sorted=False).indices.reshape(-1, k).sort(-1).values
-    stats = row_stats(logits, ids, ("lse", "gathered", "tail_lse"), head, backend=backend)
-    ordered, order = stats.gathered.double().sort(dim=-1, descending=True, stable=True)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    lead = logits.shape[:-1]
-    return TeacherTopK(
-        ids.gather(-1, order).int().view(*lead, k),
-        (ordered - stats.lse[:, None]).to(dtype).view(*lead, k),
-        (stats.tail_lse - stats.lse).to(dtype).view(lead),
-        head.temperature,
-    )

@@ -26,6 +26,8 @@ PRIMITIVES = (
     "gather_dot_weight_grad",
     "linear_vocab_stats",
     "linear_vocab_stats_backward",
+    "topk_select",
+    "draw_rows",
 )
 
 
