@@ -1,9 +1,9 @@
 // The k largest entries, the log-sum-exp and the tail of rows; primitives/topk_select.py is the definition. Included inside each ISA's
 // namespace.
 //
-// One sweep leaves a maximum and a Σ e^{z − ref} for every tile. The k tiles that come first by (maximum, lower index) hold all k
-// entries, and the k-th of those maxima bounds the k-th entry: only they are looked at again. Then the tiles that hold a selected
-// entry are summed again without it.
+// One sweep leaves Σ e^{z − ref} of every tile, and the largest entry of each of its lanes. The k-th largest of those bounds the
+// k-th entry from below, and the tiles of the k lanes that come first by (largest, lower tile) hold all k entries. Only they are
+// read again: what is above the bound is a candidate, the rest is the tile's new sum.
 
 // A raw logit as what is compared: NaN aside, the larger comes first. A sign changes without arithmetic, so that denormals stay apart.
 template <class V, Map map>
@@ -17,75 +17,79 @@ struct Order {
     }
 };
 
-// Raw columns [c, c + block), and a bit for each that is not before `end`.
-template <class V, class T>
-inline uint64_t load_raw(typename V::F (&x)[4], const T* row, int64_t c, int64_t end) {
-    if (end - c >= block<V>) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) x[i] = V::load(row + c + i * V::width);
-        return 0;
+// Columns [c, c + block) in the order and as z, −inf from `end` on.
+template <class V, Map map, class T>
+inline void load_both(typename V::F (&y)[4], typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const Transform<V, map>& f, const Order<V, map>& order) {
+    T rest[block<V>];
+    const bool whole = end - c >= block<V>;
+    const T* from = x + c;
+    if (__builtin_expect(!whole, 0)) {
+        std::memset(rest, 0, sizeof rest);
+        std::memcpy(rest, from, (end - c) * sizeof(T));
+        from = rest;
     }
-    T rest[block<V>] = {};
-    std::memcpy(rest, row + c, (end - c) * sizeof(T));
-    for (int i = 0; i < 4; ++i) x[i] = V::load(rest + i * V::width);
-    return ~uint64_t(0) << (end - c) & ~uint64_t(0) >> (64 - block<V>);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const auto raw = V::load(from + i * V::width);
+        y[i] = order.of(raw);
+        z[i] = f.z(raw);
+    }
+    if (__builtin_expect(!whole, 0)) {
+        const uint64_t gone = ~uint64_t(0) << (end - c) & ~uint64_t(0) >> (64 - block<V>);
+        hide<V>(y, gone);
+        hide<V>(z, gone);
+    }
 }
 
-// Σ e^{z − ref} of [begin, end), and its largest in the order.
+// Σ e^{z − ref} of [begin, end), and the largest of every lane.
 template <class V, Map map, class T>
-inline double sweep_tile(const T* x, int64_t begin, int64_t end, const Transform<V, map>& f, const Order<V, map>& order, double ref, typename V::S& top) {
+inline double sweep_tile(const T* x, int64_t begin, int64_t end, const Transform<V, map>& f, const Order<V, map>& order, double ref, typename V::S* tops) {
     using F = typename V::F;
     const F reference = V::set(ref), zero = V::set(0);
-    F sums[4] = {zero, zero, zero, zero}, tops = V::set(-kInf);
+    F sums[4] = {zero, zero, zero, zero}, top = V::set(-kInf);
     for (int64_t c = begin; c < end; c += block<V>) {
-        F z[4], y[4];
-        const uint64_t gone = load_raw<V>(z, x, c, end);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            y[i] = order.of(z[i]);
-            z[i] = f.z(z[i]);
-        }
-        if (__builtin_expect(gone != 0, 0)) {
-            hide<V>(y, gone);
-            hide<V>(z, gone);
-        }
-        tops = V::max(V::max(V::max(y[0], y[1]), V::max(y[2], y[3])), tops);
+        F y[4], z[4];
+        load_both<V, map>(y, z, x, c, end, f, order);
+        top = V::max(V::max(V::max(y[0], y[1]), V::max(y[2], y[3])), top);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             F d = z[i] - reference;
             sums[i] = sums[i] + exp_clamped(V(), d);
         }
     }
-    top = V::top(tops);
+    V::store(tops, top);
     return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-enum class Row { usual, infinite, nan };  // infinite: some z is +inf, and the sums are of no use
-
-// Fills tile_sums, tile_refs and the tiles' maxima. The reference is chosen and raised as in `sweep`.
-template <class V, Map map, class T>
-Row sweep_tiles(Scratch& s, const T* x, int64_t columns, int64_t tile, const Transform<V, map>& f, const Order<V, map>& order) {
-    auto* tops = s.row<typename V::S>(0);
+struct Swept {
     double ref = -kInf;
-    Row row = Row::usual;
-    for (int64_t t = 0, begin = 0; begin < columns; ++t, begin += tile) {
+    bool nan = false, infinite = false;  // infinite: some z is +inf, and the sums are of no use
+};
+
+// Fills tile_sums, tile_refs and the lanes' largest. The reference is chosen and raised as in `sweep`.
+template <class V, Map map, class T>
+Swept sweep_tiles(Scratch& s, const T* x, int64_t columns, int64_t tile, const Transform<V, map>& f, const Order<V, map>& order) {
+    auto* tops = s.row<typename V::S>(0);
+    Swept row;
+    for (int64_t t = 0, begin = 0; begin < columns; ++t, begin += tile, tops += V::width) {
         const int64_t end = std::min(columns, begin + tile);
-        for (int64_t c = begin; ref == -kInf && c < end; c += block<V>)
-            ref = largest<V, map>(x, c, std::min<int64_t>(end, c + block<V>), s.hidden.data(), f);
-        double sum = sweep_tile<V, map>(x, begin, end, f, order, ref == -kInf ? 0 : ref, tops[t]);
+        for (int64_t c = begin; row.ref == -kInf && c < end; c += block<V>)
+            row.ref = largest<V, map>(x, c, std::min<int64_t>(end, c + block<V>), s.hidden.data(), f);
+        double sum = sweep_tile<V, map>(x, begin, end, f, order, row.ref == -kInf ? 0 : row.ref, tops);
         if (!(sum >= 0 && sum < kTooLarge)) {
             const double top = largest<V, map>(x, begin, end, s.hidden.data(), f);
-            if (std::isnan(top) || std::isnan(ref)) return Row::nan;
+            row.nan = std::isnan(top) || std::isnan(row.ref);
+            if (row.nan) return row;
             if (top == kInf) {
-                row = Row::infinite;
+                row.infinite = true;
                 sum = 0;
-            } else if (top > ref) {
-                ref = top;
-                sum = sweep_tile<V, map>(x, begin, end, f, order, ref, tops[t]);
+            } else if (top > row.ref) {
+                row.ref = top;
+                sum = sweep_tile<V, map>(x, begin, end, f, order, top, tops);
             }
         }
         s.tile_sums[t] = sum;
-        s.tile_refs[t] = ref;
+        s.tile_refs[t] = row.ref;
     }
     return row;
 }
@@ -113,9 +117,10 @@ struct Cut {
     int64_t ties;
 };
 
-// Bisection between the bits of the smallest and the largest. k < n, and −inf follows `y` up to a whole block.
+// Bisection between the bits of the smallest and the largest; up to `more` than k may do. k < n, and −inf follows `y` up to a
+// whole block.
 template <class V>
-Cut<typename V::S> cut(const typename V::S* y, int64_t n, int64_t k) {
+Cut<typename V::S> cut(const typename V::S* y, int64_t n, int64_t k, int64_t more) {
     using S = typename V::S;
     const auto above = [&](S bar) {
         const auto bars = V::set(bar);
@@ -140,7 +145,7 @@ Cut<typename V::S> cut(const typename V::S* y, int64_t n, int64_t k) {
         S bar;
         of_key(middle, bar);
         const int64_t count = above(bar);
-        if (count == k) return {bar, 0};
+        if (count >= k && count <= k + more) return {bar, 0};
         (count < k ? high : low) = middle;
     }
     S bar;
@@ -149,76 +154,127 @@ Cut<typename V::S> cut(const typename V::S* y, int64_t n, int64_t k) {
 }
 
 template <class V>
-void pad(typename V::S* y, int64_t n) {
-    for (int64_t i = n; i % block<V>; ++i) y[i] = -std::numeric_limits<typename V::S>::infinity();
+void pad(typename V::S* y, int64_t n, typename V::S value) {
+    for (int64_t i = n; i % block<V>; ++i) y[i] = value;
 }
 
-// Drops all but the k largest candidates, of equal ones the last; entries that come later must be above the bar it returns.
-template <class V>
-typename V::S drop(Scratch& s, int64_t& n, int64_t k) {
-    auto* y = s.row<typename V::S>(1);
-    pad<V>(y, n);
-    auto [bar, ties] = cut<V>(y, n, k);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        const bool stays = y[i] > bar || (y[i] == bar && ties-- > 0);
-        y[kept] = y[i];
-        s.candidates[kept] = s.candidates[i];
-        kept += stays;
-    }
-    n = kept;
-    return bar;
-}
-
-// The k first entries into candidates and row 1, ids ascending, −inf columns after them; whether there were such.
-template <class V, Map map, class T>
-bool pick(Scratch& s, const T* x, int64_t columns, int64_t tile, int64_t k, const Order<V, map>& order) {
+// A row's candidates: ids in s.candidates, ascending, and entries in row 1. Entries at or below the bar are none.
+template <class V, Map map>
+struct Candidates {
     using S = typename V::S;
-    constexpr S inf = std::numeric_limits<S>::infinity();
-    S *tops = s.row<S>(0), *y = s.row<S>(1);
-    const int64_t tiles = (columns + tile - 1) / tile;
-    // a bar of −inf: its own entries are added at the end
-    Cut<S> first{-inf, 0};
-    if (tiles > k) {
-        pad<V>(tops, tiles);
-        first = cut<V>(tops, tiles, k);
+    using F = typename V::F;
+    static constexpr S inf = std::numeric_limits<S>::infinity();
+
+    Scratch& s;
+    const Transform<V, map>& f;
+    const Order<V, map>& order;
+    const F reference;
+    const int64_t k, capacity = int64_t(s.candidates.size());
+    S* const y = s.row<S>(1);
+    int64_t count = 0;
+    S bar = -inf;
+    double dropped = 0;  // Σ e^{z − ref}
+
+    Candidates(Scratch& s, int64_t k, double ref, const Transform<V, map>& f, const Order<V, map>& order)
+        : s(s), f(f), order(order), reference(V::set(ref == -kInf ? 0 : ref)), k(k) {}
+
+    F exp_of(F z) const {
+        F d = z - reference;
+        return exp_clamped(V(), d);
     }
-    S bar = first.ties && first.bar > -inf ? std::nextafter(first.bar, -inf) : first.bar;
-    int64_t n = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-        if (!(tops[t] > first.bar || (tops[t] == first.bar && first.ties-- > 0)) || !(tops[t] > bar)) continue;
-        const int64_t end = std::min(columns, (t + 1) * tile);
-        for (int64_t c = t * tile; c < end; c += block<V>) {
-            typename V::F entries[4];
-            const uint64_t gone = load_raw<V>(entries, x, c, end);
-            const auto bars = V::set(bar);
+
+    // All but the k largest go; of equal ones the last, and any that come later.
+    void drop() {
+        pad<V>(y, count, -inf);
+        auto [least, ties] = cut<V>(y, count, k, 0);
+        bar = least;
+        pad<V>(y, count, bar);
+        const F bars = V::set(bar);
+        F sum = V::set(0);
+        for (int64_t i = 0; i < count; i += V::width) {
+            const F entries = V::load(y + i);
+            sum = sum + V::keep(V::gt(bars, entries), exp_of(f.z(order.of(entries))));
+        }
+        int64_t kept = 0, equal = -ties;
+        for (int64_t i = 0; i < count; ++i) {
+            const bool stays = y[i] > bar || (y[i] == bar && ties-- > 0);
+            equal += y[i] == bar;
+            y[kept] = y[i];
+            s.candidates[kept] = s.candidates[i];
+            kept += stays;
+        }
+        count = kept;
+        dropped += V::sum(sum) + double(equal) * double(V::top(exp_of(f.z(order.of(bars)))));
+    }
+
+    // Candidates of [begin, end), and Σ e^{z − ref} over the rest.
+    template <class T>
+    double take(const T* x, int64_t begin, int64_t end) {
+        const F zero = V::set(0);
+        F sums[4] = {zero, zero, zero, zero};
+        for (int64_t c = begin; c < end; c += block<V>) {
+            F entries[4], z[4];
+            load_both<V, map>(entries, z, x, c, end, f, order);
+            const F bars = V::set(bar);
             uint64_t over = 0;
+#pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                entries[i] = order.of(entries[i]);
-                over |= uint64_t(V::bits(V::gt(entries[i], bars))) << (i * V::width);
+                const auto above = V::gt(entries[i], bars);
+                over |= uint64_t(V::bits(above)) << (i * V::width);
+                sums[i] = sums[i] + V::select(above, zero, exp_of(z[i]));
             }
-            over &= ~gone;
             if (over == 0) continue;
             S lanes[block<V>];
             for (int i = 0; i < 4; ++i) V::store(lanes + i * V::width, entries[i]);
-            for (; over; over &= over - 1, ++n) {
+            for (; over; over &= over - 1, ++count) {
                 const int lane = __builtin_ctzll(over);
-                y[n] = lanes[lane];
-                s.candidates[n] = c + lane;
+                y[count] = lanes[lane];
+                s.candidates[count] = c + lane;
             }
-            if (n > int64_t(s.candidates.size()) - block<V>) bar = drop<V>(s, n, k);
+            if (count > capacity - block<V>) drop();
+        }
+        return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+
+    // The first k entries of the row. False if fewer are above −inf.
+    template <class T>
+    bool pick(const T* x, int64_t columns, int64_t tile, double ref) {
+        const int64_t tiles = int64_t(s.tile_sums.size()), lanes = tiles * V::width;
+        S* tops = s.row<S>(0);
+        Cut<S> first{-inf, 0};
+        if (lanes > k) {
+            pad<V>(tops, lanes, -inf);
+            first = cut<V>(tops, lanes, k, k / 4);
+        }
+        // a bar of −inf leaves its own entries for the end
+        bar = first.ties && first.bar > -inf ? std::nextafter(first.bar, -inf) : first.bar;
+        for (int64_t t = 0; t < tiles; ++t, tops += V::width) {
+            const F top = V::load(tops), bound = V::set(first.bar);
+            bool in = V::bits(V::gt(top, bound));
+            if (first.ties > 0) {
+                const unsigned all = (1u << V::width) - 1, reached = all & ~V::bits(V::gt(bound, top));
+                const int equal = __builtin_popcount(reached) - __builtin_popcount(V::bits(V::gt(top, bound)));
+                in |= equal > 0;
+                first.ties -= equal;
+            }
+            if (!in || !V::bits(V::gt(top, V::set(bar)))) continue;
+            s.tile_sums[t] = take(x, t * tile, std::min(columns, (t + 1) * tile));
+            s.tile_refs[t] = ref;
+        }
+        if (count > k) drop();
+        return count == k;
+    }
+
+    // −inf columns, the lowest first. Fewer than k entries are above −inf, so that the first k columns hold enough.
+    template <class T>
+    void fill(const T* x) {
+        for (int64_t c = 0; count < k; ++c) {
+            if (V::top(order.of(V::set(S(widen(x[c]))))) > -inf) continue;
+            y[count] = -inf;
+            s.candidates[count++] = c;
         }
     }
-    if (n > k) drop<V>(s, n, k);
-    const bool filled = n < k;
-    // fewer than k entries are above −inf, so that the first k columns hold enough that are not
-    for (int64_t c = 0; n < k; ++c) {
-        if (V::top(order.of(V::set(typename V::S(widen(x[c]))))) > -inf) continue;
-        y[n] = -inf;
-        s.candidates[n++] = c;
-    }
-    return filled;
-}
+};
 
 // Candidates to s.ids, descending; equal ones keep their order. By digits of a byte, from the lowest.
 template <class S>
@@ -241,33 +297,20 @@ void rank_candidates(Scratch& s, const S* y) {
     for (size_t i = 0; i < k; ++i) s.ids[i] = s.ranked[i].id;
 }
 
-// Σ e^z over what is not hidden: the tiles that hold a candidate are summed again. Where a reference is so far above the tail
-// that its exponentials are coarse or gone, the whole row is.
-template <class V, Map map, class T>
-Sums tail_of(Scratch& s, const T* x, int64_t columns, int64_t tile, Row row, const Transform<V, map>& f) {
-    const int64_t tiles = (columns + tile - 1) / tile;
-    Sums tail;
-    if (row == Row::usual) {
-        int64_t last = -1;
-        for (size_t i = 0; i < s.ids.size(); ++i) {
-            const int64_t t = s.candidates[i] / tile, begin = t * tile, end = std::min(columns, begin + tile);
-            if (t == last || s.tile_sums[t] == 0) continue;
-            s.tile_sums[t] = sweep_chunk<V, false, map>(x, begin, end, s.hidden.data(), f, s.tile_refs[t]).exp;
-            last = t;
+inline Sums sum_of_tiles(const Scratch& s, double ref, double more) {
+    Sums sum;
+    sum.ref = ref;
+    sum.exp = more;
+    double factor = 1, of = ref;
+    for (size_t t = 0; t < s.tile_sums.size(); ++t) {
+        if (s.tile_sums[t] == 0) continue;
+        if (s.tile_refs[t] != of) {
+            of = s.tile_refs[t];
+            factor = std::exp(of - ref);
         }
-        tail.ref = s.tile_refs[tiles - 1];
-        double factor = 1, ref = tail.ref;
-        for (int64_t t = 0; t < tiles; ++t) {
-            if (s.tile_sums[t] == 0) continue;
-            if (s.tile_refs[t] != ref) {
-                ref = s.tile_refs[t];
-                factor = std::exp(ref - tail.ref);
-            }
-            tail.exp += factor * s.tile_sums[t];
-        }
-        if (tail.exp > 0x1p-24) return tail;
+        sum.exp += factor * s.tile_sums[t];
     }
-    return sweep<V, false, map>(x, columns, s.hidden.data(), f);
+    return sum;
 }
 
 template <class V, Map map, class T>
@@ -280,24 +323,30 @@ void select_rows(const TopkSelect& a, Scratch& s, int64_t begin, int64_t end) {
         const T* x = a.logits.row<const T>(r);
         S* values = static_cast<S*>(a.values) + r * k;
         int32_t* ids = a.ids + r * k;
-        const Row row = sweep_tiles<V, map>(s, x, columns, tile, f, order);
-        if (row == Row::nan) {
+        const Swept row = sweep_tiles<V, map>(s, x, columns, tile, f, order);
+        if (row.nan) {
             for (int64_t i = 0; i < k; ++i) ids[i] = int32_t(i);
             std::fill_n(values, k, S(kNaN));
             a.lse[r] = a.tail_lse[r] = kNaN;
             continue;
         }
-        const bool filled = pick<V, map>(s, x, columns, tile, k, order);
-        rank_candidates(s, s.row<S>(1));
+        Candidates<V, map> candidates(s, k, row.ref, f, order);
+        const bool enough = candidates.pick(x, columns, tile, row.ref);
+        if (!enough) candidates.fill(x);
+        rank_candidates(s, candidates.y);
         gather<V, map>(s, x, columns, f, values);
         for (int64_t i = 0; i < k; ++i) ids[i] = int32_t(s.ids[i]);
 
         Sums tail;
         // of columns of −inf only a softcap makes a tail
-        if (k < columns && (!filled || map == Map::softcap)) {
-            for (int64_t id : s.ids) s.hidden[id / 64] |= uint64_t(1) << (id & 63);
-            tail = tail_of<V, map>(s, x, columns, tile, row, f);
-            for (int64_t id : s.ids) s.hidden[id / 64] = 0;
+        if (k < columns && (enough || map == Map::softcap)) {
+            if (enough && !row.infinite) tail = sum_of_tiles(s, row.ref, candidates.dropped);
+            // a reference so far above the tail that its exponentials are coarse or gone
+            if (!(tail.exp > 0x1p-24)) {
+                for (int64_t id : s.ids) s.hidden[id / 64] |= uint64_t(1) << (id & 63);
+                tail = sweep<V, false, map>(x, columns, s.hidden.data(), f);
+                for (int64_t id : s.ids) s.hidden[id / 64] = 0;
+            }
         }
         a.tail_lse[r] = tail.exp > 0 ? tail.ref + std::log(tail.exp) : -kInf;
         a.lse[r] = combine(tail, a.tail_lse[r], s.z).lse;

@@ -184,11 +184,11 @@ struct TopkSelect {
     int64_t items() const { return logits.count(); }
     int64_t numbers() const { return items() * logits.vocab; }
 
-    // Columns whose largest entry is kept: a power of two, so that the tiles and the entries of k tiles, which are read
-    // again, cost about the same (a tile costs as much as 16 entries).
+    // Columns that are summed, and read again, together: few enough that eight lanes of each are 1.5 k in all, or the largest
+    // entries of lanes would bound nothing; a tile costs as much as 100 entries, so no fewer than that takes.
     int64_t tile() const {
-        int64_t columns = 64;
-        while (columns < 512 && 2 * columns * columns * k < 16 * head.columns) columns *= 2;
+        int64_t columns = 512;
+        while (columns > 64 && 3 * k * columns > 16 * head.columns) columns /= 2;
         return columns;
     }
     int64_t tiles() const { return (head.columns + tile() - 1) / tile(); }
@@ -251,7 +251,7 @@ struct Scratch {
     explicit Scratch(const GatherDotHiddenGrad& a) : Scratch(a.weight.columns) {}
     explicit Scratch(const GatherDotWeightGrad& a) : Scratch(a.hidden.columns) {}
 
-    explicit Scratch(const TopkSelect& a) : Scratch(std::max(a.tiles(), a.capacity())) {
+    explicit Scratch(const TopkSelect& a) : Scratch(std::max(a.tiles() * kMostLanes, a.capacity())) {
         hidden.resize(a.logits.vocab / 64 + 1);
         for (auto* v : {&ranked, &ranked_aside}) v->resize(a.k);
         candidates.resize(a.capacity());
@@ -274,6 +274,7 @@ struct Scratch {
 
 private:
     static constexpr size_t kLine = 64;
+    static constexpr int64_t kMostLanes = 16;
     // whole cache lines, and at least the vector that the last entry lies in
     explicit Scratch(int64_t columns) : wide(2 * (columns * sizeof(double) / kLine + 2) * kLine + kLine) {}
 };
