@@ -19,6 +19,7 @@ from distilkernels.primitives.topk_select import TopK
 pytestmark = pytest.mark.skipif(cpp._cpp is None, reason="distilkernels._cpp is not built")
 ISAS = cpp.available_isas() if cpp._cpp is not None else []
 NEG = -math.inf
+PLAIN = Head()
 
 
 @pytest.fixture(params=ISAS)
@@ -36,7 +37,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def selected(x: torch.Tensor, k: int, head: Head = Head()) -> TopK:
+def selected(x: torch.Tensor, k: int, head: Head = PLAIN) -> TopK:
     out = topk_select.allocate(x, k)
     for t in out:
         t.fill_(-12345)
@@ -44,7 +45,7 @@ def selected(x: torch.Tensor, k: int, head: Head = Head()) -> TopK:
     return out
 
 
-def drawn(x: torch.Tensor, draws: int, tau: float = 1.0, head: Head = Head(), seed: int = 3, first: int = 0) -> Draws:
+def drawn(x: torch.Tensor, draws: int, tau: float = 1.0, head: Head = PLAIN, seed: int = 3, first: int = 0) -> Draws:
     out = draw_rows.allocate(x, draws)
     for t in out:
         t.fill_(-12345)
@@ -76,7 +77,9 @@ def test_adversarial_rows(isa, dtype, v, k):
         torch.testing.assert_close(got.tail_lse[i], tail[i], rtol=slack, atol=slack, msg=name)
 
 
-@pytest.mark.parametrize("head", [{"logit_scale": -0.5}, {"logit_scale": 0.0}, {"softcap": 0.1}, {"softcap": 4.0, "logit_scale": -2.0, "valid_vocab": 1100}], ids=str)
+@pytest.mark.parametrize(
+    "head", [{"logit_scale": -0.5}, {"logit_scale": 0.0}, {"softcap": 0.1}, {"softcap": 4.0, "logit_scale": -2.0, "valid_vocab": 1100}], ids=str
+)
 def test_order_of_the_raw_logits(isa, head):
     """Also of −inf, which a softcap makes finite and a negative scale +inf, and of denormals."""
     x = torch.randn(4, 1201, generator=torch.Generator().manual_seed(4)) * 3
