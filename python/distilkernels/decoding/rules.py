@@ -198,6 +198,8 @@ class BlockVerification(Rule):
 
     def length(self, block: Block) -> Tensor:
         g = block.ids.shape[1]
+        if not g:
+            return torch.zeros_like(block.lengths)
         p = self._prefix(block)
         count = torch.arange(1, g + 1, device=p.device)
         last = count == block.lengths[:, None]
@@ -207,7 +209,7 @@ class BlockVerification(Rule):
         h = torch.where((z == 0) & (p[:, 1:] == 1), 1.0, z / (z + 1 - p[:, 1:]))
         h = torch.where(last, p[:, 1:], h)
         kept = block.present & (block.uniforms <= h)
-        return torch.where(kept, count, 0).amax(1) if g else torch.zeros_like(block.lengths)
+        return torch.where(kept, count, 0).amax(1)
 
     def scale(self, block: Block, accepted: Tensor) -> Tensor:
         return self._prefix(block).gather(1, accepted[:, None])[:, 0]

@@ -112,6 +112,9 @@ def verify(
     seeds, positions = (checked_per_row(name, value, (b,), device) for name, value in (("seeds", seeds), ("positions", positions)))
     lengths = torch.full((b,), g, device=device) if lengths is None else checked_per_row("lengths", lengths, (b,), device)
 
+    if not r:
+        return _nothing(b, device, judge_logits.dtype)
+
     place = torch.arange(g, device=device)
     known = (place < lengths[:, None]) & (ids >= 0) & (ids < columns)
     present = known.long().cumprod(1).bool()
@@ -134,9 +137,8 @@ def verify(
 
     # a row without a law ends its request before it: nothing there can be accepted or drawn
     broken = law.lse.isnan() | fallback.lse.isnan()
-    if proposed is not None:
-        broken = broken | torch.nn.functional.pad(proposed.law.lse.isnan(), (0, r - g))
-    present = present & (~broken[:, :g]).long().cumprod(1).bool()
+    unproposed = torch.zeros_like(broken) if proposed is None else torch.nn.functional.pad(proposed.law.lse.isnan(), (0, r - g))
+    present = present & (~(broken | unproposed)[:, :g]).long().cumprod(1).bool()
     sound = present.sum(1)
 
     x = raw["gathered"].view(b, r)[:, :g]
@@ -154,7 +156,9 @@ def verify(
     has_row = accepted < r
     drawn_here = has_row & (~finished if rule.bonus is None else torch.ones_like(finished))
     row = accepted.clamp(max=r - 1)
-    valid = ~(drawn_here & broken.gather(1, row[:, None])[:, 0])
+    # P is not asked for behind the last proposal, nor where there is none to compare
+    needed = broken | (unproposed & (~finished & ~absent)[:, None])
+    valid = ~(drawn_here & needed.gather(1, row[:, None])[:, 0])
     draws = drawn_here & valid
     found, source = _next(rule, block, fallback, row, draws, finished, absent, Noise(seeds, positions, accepted, int(Stream.FALLBACK)), judged_columns)
 
@@ -186,32 +190,43 @@ def verify(
     )  # fmt: skip
 
 
+def _nothing(b: int, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """No proposals and no row to draw from."""
+    none = torch.full((b,), -1, device=device)
+    labels = presented(torch.full((b, 1), math.nan, dtype=torch.float64, device=device), dtype)
+    return Verdict(
+        valid=none < 0, num_accepted=torch.zeros_like(none), next_token=none, next_source=torch.full_like(none, int(Source.NONE)),
+        accepted=torch.zeros(b, 0, dtype=torch.bool, device=device), judge_logprobs=labels, proposer_logprobs=labels.clone(),
+        judge_rank=none[:, None].clone(), judge_entropy=labels.clone(),
+    )  # fmt: skip
+
+
 def _next(
     rule: Rule, block: Block, fallback, row: Tensor, draws: Tensor, finished: Tensor, absent: Tensor, noise: Noise, vocab: int
 ) -> tuple[Drawn, Tensor]:
     """(the token after the accepted ones, its source) for every request of `draws`."""
-    g = block.ids.shape[1]
     rejected = ~finished & ~absent
+    at_rejection = rule.at_rejection if block.ids.shape[1] else "draw"
     place = torch.arange(row.shape[0], device=row.device), row
     law = fallback.at(place)
     # an argmax is a draw at temperature 0
-    cold = torch.where(finished, rule.bonus == "argmax", rule.at_rejection == "argmax")
+    cold = torch.where(finished, rule.bonus == "argmax", at_rejection == "argmax")
     law = law._replace(temperature=torch.where(cold, 0.0, law.temperature))
     source = torch.where(finished, int(Source.BONUS), int(Source.FALLBACK))
     options = {"vocab": vocab, "backend": block.backend}
     rows = torch.where(draws, row, -1)
-    if rule.at_rejection == "residual":
-        compared = torch.where(draws & rejected & (row < g), row, -1)
+    if at_rejection == "residual":
+        compared = torch.where(draws & rejected, row, -1)
         found = drawn(
             block.judge.operand(rows, law), noise, block.columns, second=block.proposer.operand(compared), scale=rule.scale(block, noise.offsets),
             mode="residual", **options,
         )  # fmt: skip
         return found, torch.where(found.compared, int(Source.RESIDUAL), source)
-    if rule.at_rejection != "retry":
+    if at_rejection != "retry":
         return drawn(block.judge.operand(rows, law), noise, block.columns, **options), source
 
     # trials 2 … T at once: a coin against their joint failure, and one draw from the part of the pool that passes
-    tried = torch.where(draws & rejected & (row < g), row, -1)
+    tried = torch.where(draws & rejected, row, -1)
     pool, gate = block.proposer.operand(tried), block.judge.operand(tried)
     gate = gate._replace(law=gate.law._replace(bar=rule.passing(block)[place]))
     share = mass(pool, block.columns, second=gate, mode="gate", backend=block.backend).clamp(0, 1)
@@ -228,7 +243,8 @@ def _raw_statistics(rows: Tensor, ids: Tensor, columns: int, backend: str | None
     """Labels at temperature 1 from one read: of rows [O, I, V] at ids [B, R]."""
     names = ("lse", "gathered", "expected_logit", "argmax", "rank") if ranks else ("lse", "gathered")
     head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
-    return statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
+    found = statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
+    return found | {"lse": found["lse"].masked_fill(~found["lse"].isfinite(), math.nan)}
 
 
 def _checked_shapes(rule: Rule, proposals: Tensor, proposer_logits: Tensor | None, judge_logits: Tensor) -> tuple[Tensor, int, int]:
