@@ -96,6 +96,20 @@ HeatedSums heated_row(Scratch& s, const T* x, int64_t columns, double temperatur
     return total;
 }
 
+// The first of [begin, columns) that is `top`, which is there. Not by way of a double: a denormal would be flushed.
+template <class V, class T>
+int64_t first_equal(const T* x, int64_t begin, int64_t columns, typename V::S top) {
+    const auto tops = V::set(top);
+    for (int64_t c = begin;; c += block<V>) {
+        typename V::F entries[4];
+        load_raw<V>(entries, x, c, columns);
+        for (int i = 0; i < 4; ++i) {
+            const unsigned reached = ((1u << V::width) - 1) & ~V::bits(V::gt(tops, entries[i]));
+            if (reached) return c + i * V::width + __builtin_ctz(reached);
+        }
+    }
+}
+
 // The entries of [0, columns) that are at least `bound` and finite, in their order. How many.
 template <class V, class T>
 int64_t reaching(const typename V::S* tops, const T* x, int64_t columns, typename V::S bound, typename V::S* to) {
@@ -243,7 +257,7 @@ void filter_row(const FilterRows& a, Scratch& s, int64_t r) {
     const S top = S(V::top(highest));
     int64_t tile = 0;
     while (S(V::top(V::load(tops + tile * V::width))) < top) ++tile;
-    a.argmax[r] = first_at_least<V, Map::plain>(x, tile * a.kTile, columns, s.hidden.data(), Transform<V, Map::plain>({1, 1, 0, columns}), top);
+    a.argmax[r] = first_equal<V>(x, tile * a.kTile, columns, top);
     if (cold) {
         bars[r] = top;
         a.lse[r] = a.lse_all[r] = a.expected[r] = 0;

@@ -16,14 +16,13 @@ inline void load_any(typename V::F (&x)[4], DType dtype, const void* row, int64_
     }
 }
 
-inline double entry_of(DType dtype, const void* row, int64_t c) {
-    switch (dtype) {
-        case DType::f32: return static_cast<const float*>(row)[c];
-        case DType::bf16: return widen(static_cast<const bf16*>(row)[c]);
-        case DType::f16: return widen(static_cast<const f16*>(row)[c]);
-        case DType::f64: return static_cast<const double*>(row)[c];
-    }
-    return kNaN;
+// In the vector's own number: through a double a denormal would be flushed.
+template <class S>
+inline S entry_of(DType dtype, const void* row, int64_t c) {
+    if constexpr (std::is_same<S, double>::value) return static_cast<const double*>(row)[c];
+    else if (dtype == DType::f32) return static_cast<const float*>(row)[c];
+    else if (dtype == DType::bf16) return widen(static_cast<const bf16*>(row)[c]);
+    else return widen(static_cast<const f16*>(row)[c]);
 }
 
 // A filtered softmax Q over the first `columns` of a row; what lies behind them weighs nothing.
@@ -55,23 +54,23 @@ struct Law {
         bars = V::set(bar);
         if (cold || argmax < 0) return;
         // relative to the largest entry, so that an error is one of the exponent and not of x/T
-        const double highest = at(argmax);
+        const S highest = at(argmax);
         top = V::set(highest);
         inverse = V::set(Heat<V>::inverse_of(temperature));
-        shift = V::set(highest / temperature - lse);
+        shift = V::set(double(highest) / temperature - lse);
     }
 
     int64_t passable() const { return std::isnan(bar) ? 0 : columns; }
     bool sound() const { return argmax >= 0 && !std::isnan(lse); }
-    double at(int64_t c) const { return entry_of(dtype, row, c); }
+    S at(int64_t c) const { return entry_of<S>(dtype, row, c); }
     void load(F (&x)[4], int64_t c) const { load_any<V>(x, dtype, row, c, columns); }
 
     // The definition.
     double weight(int64_t c) const {
         if (c >= columns) return 0;
         if (cold) return c == argmax;
-        const double x = at(c);
-        return x >= double(bar) ? std::exp(x / temperature - lse) : 0;
+        const S x = at(c);
+        return x >= bar ? std::exp(double(x) / temperature - lse) : 0;
     }
 
     // Q of a block; of an argmax nothing.
@@ -116,7 +115,7 @@ struct Pair {
     double weight(int64_t c) const {
         const double q = first.weight(c);
         if (mode == Mode::residual) return std::max(scale * q - second.weight(c), 0.0);
-        return mode == Mode::gate && !(second.at(c) >= double(second.bar)) ? 0 : q;
+        return mode == Mode::gate && !(second.at(c) >= second.bar) ? 0 : q;
     }
 
     // Weights of a block, where an argmax takes nothing; `bounds` are at least the weights.
@@ -192,7 +191,7 @@ Race race(const Pair<V>& pair, const Uniforms& uniforms) {
 }
 
 template <class V>
-int64_t count_above(DType dtype, const void* row, int64_t columns, double value) {
+int64_t count_above(DType dtype, const void* row, int64_t columns, typename V::S value) {
     const auto bar = V::set(value);
     int64_t count = 0;
     for (int64_t c = 0; c < columns; c += block<V>) {
@@ -219,9 +218,9 @@ void sample_row(const SampleRows& a, int64_t r) {
     const Law<V>& judge = judged_second ? pair.second : pair.first;
     const int64_t vocab = std::min(a.vocab, (judged_second ? a.second : a.first).logits.vocab);
     const bool judged = found.token >= 0 && judge.row;
-    const double value = judged ? judge.at(found.token) : kNaN;
+    const auto value = judged ? judge.at(found.token) : std::numeric_limits<typename V::S>::quiet_NaN();
     a.token[r] = found.token;
-    static_cast<typename V::S*>(a.value)[r] = typename V::S(value);
+    static_cast<typename V::S*>(a.value)[r] = value;
     a.rank[r] = judged ? count_above<V>(judge.dtype, judge.row, vocab, value) : -1;
     a.compared[r] = found.token >= 0 && pair.mode != Mode::plain;
 }

@@ -22,9 +22,14 @@ public:
     // Of columns [c, c + block), c a multiple of block.
     template <class V>
     void block_at(typename V::F (&u)[4], int64_t c) const {
-        if constexpr (V::width == 1) {
-            const PhiloxWords w = words(c / 4);
-            u[0] = uniform32(w.x), u[1] = uniform32(w.y), u[2] = uniform32(w.z), u[3] = uniform32(w.w);
+        if constexpr (V::width <= 4) {
+            // narrower than what a product of two words takes from a vector
+            typename V::S numbers[block<V>];
+            for (int i = 0; i < V::width; ++i) {
+                const PhiloxWords w = words(c / 4 + i);
+                numbers[4 * i] = uniform32(w.x), numbers[4 * i + 1] = uniform32(w.y), numbers[4 * i + 2] = uniform32(w.z), numbers[4 * i + 3] = uniform32(w.w);
+            }
+            for (int i = 0; i < 4; ++i) u[i] = V::load(numbers + i * V::width);
         } else {
             using U = typename V::U;
             // every four lanes hold the counters that `transpose` makes neighbours of them

@@ -44,13 +44,11 @@ struct Float {
         return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
     }
 
-    // The lanes of `bits`, packed; as much as a whole vector may be written. How many they are.
+    // The lanes of `bits`, packed; a whole vector is written. How many they are.
     static int pack(float* p, F x, unsigned bits) {
-        float lanes[width];
-        store(lanes, x);
-        int count = 0;
-        for (; bits; bits &= bits - 1) p[count++] = lanes[__builtin_ctz(bits)];
-        return count;
+        const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kPacked.lanes[bits])));
+        store(p, _mm256_permutevar8x32_ps(x, from));
+        return __builtin_popcount(bits);
     }
 
     typedef uint32_t U __attribute__((vector_size(32)));
@@ -73,6 +71,16 @@ struct Float {
     }
 
 private:
+    // Of every set of lanes, which they are: a byte each, the lowest first.
+    struct Packed {
+        uint64_t lanes[256] = {};
+        constexpr Packed() {
+            for (int bits = 0; bits < 256; ++bits)
+                for (int lane = 0, place = 0; lane < 8; ++lane)
+                    if (bits >> lane & 1) lanes[bits] |= uint64_t(lane) << 8 * place++;
+        }
+    };
+    static const Packed kPacked;
     static F low_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
     static F high_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
     static __m128i to_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -84,5 +92,7 @@ private:
         return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     }
 };
+
+inline constexpr Float::Packed Float::kPacked;
 
 inline void end_of_streams() { _mm_sfence(); }
