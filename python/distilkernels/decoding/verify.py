@@ -85,7 +85,9 @@ def verify(
         proposer_logits: [B, G, Vp], the rows the proposals were drawn from. Needed by rules that compare with P, and for
             `proposer_logprobs`.
         judge_logits: [B, G, V], or [B, G + 1, V] for rules with a bonus; row i is conditioned on the prompt and proposals before i.
-        lengths: int64 [B], how many proposals each request has; default G.
+            A bonus comes from row lengths[b], so with G rows only shorter requests have one.
+        lengths: int64 [B], how many proposals each request has; default G. Rows and proposals behind them may hold anything. Out of
+            [0, G] is an error on a CPU, and the nearest bound elsewhere.
         seeds: 64 bits each: an int or int64 [B]. positions: int64 [B], where the block starts in its sequence: the same block with
             the same seed and position has the same outcome in any batch.
         proposer, judge: temperature and filters of the two sides: P and Q are the laws after them. The proposals must have been drawn
@@ -110,7 +112,7 @@ def verify(
     judged_columns, proposed_columns = (min(width, valid_vocab or width) for width in (widths[0], widths[-1]))
     columns = min(judged_columns, proposed_columns)
     seeds, positions = (checked_per_row(name, value, (b,), device) for name, value in (("seeds", seeds), ("positions", positions)))
-    lengths = torch.full((b,), g, device=device) if lengths is None else checked_per_row("lengths", lengths, (b,), device)
+    lengths = torch.full((b,), g, device=device) if lengths is None else _checked_lengths(lengths, b, g, device)
 
     if not r:
         return _nothing(b, device, judge_logits.dtype)
@@ -245,6 +247,15 @@ def _raw_statistics(rows: Tensor, ids: Tensor, columns: int, backend: str | None
     head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
     found = statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
     return found | {"lse": found["lse"].masked_fill(~found["lse"].isfinite(), math.nan)}
+
+
+def _checked_lengths(lengths, b: int, g: int, device: torch.device) -> Tensor:
+    lengths = checked_per_row("lengths", lengths, (b,), device)
+    if device.type == "cpu" and b:
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > g:
+            raise ValueError(f"lengths must be in [0, {g}], the number of proposals; got {low if low < 0 else high}")
+    return lengths.clamp(0, g)
 
 
 def _checked_shapes(rule: Rule, proposals: Tensor, proposer_logits: Tensor | None, judge_logits: Tensor) -> tuple[Tensor, int, int]:

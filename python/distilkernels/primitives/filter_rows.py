@@ -67,15 +67,15 @@ class Filtered(NamedTuple):
     def bar_of(self, probability: Tensor | float) -> Tensor:
         """The raw logit from which Q_v ≥ probability, in the fields' shape and `bar`'s dtype: T·(log probability + lse), rounded up.
 
-        At T = 0 the largest logit: where several are equal, all of them pass.
+        −inf for probability 0. At T = 0 the largest logit: where several are equal, all of them pass.
         """
         wanted = torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
         cold = self.temperature == 0
         exact = torch.where(cold, 0.0, self.temperature) * (torch.where(cold, 0.0, wanted) + self.lse)
-        exact = torch.where(torch.as_tensor(probability, device=cold.device) <= 0, -math.inf, exact)
         bar = exact.to(self.bar.dtype)
         bar = torch.where(bar < exact, torch.nextafter(bar, torch.full_like(bar, math.inf)), bar)
-        return torch.where(cold, self.bar, torch.maximum(bar, self.bar))
+        bar = torch.where(cold, self.bar, torch.maximum(bar, self.bar))
+        return torch.where((wanted == -math.inf) & ~self.bar.isnan(), -math.inf, bar)
 
     def at(self, index) -> Filtered:
         """The laws of some rows: any index over the fields."""
