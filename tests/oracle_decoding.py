@@ -162,7 +162,10 @@ class _Request:
 
 
 def passing(request: _Request, i: int) -> np.ndarray:
-    """Which tokens RSD lets pass: Q(v) ≥ min_prob, and v in the judge's top-k where that is set."""
+    """Which tokens RSD lets pass: Q(v) ≥ min_prob, and v in the judge's top-k where that is set; at temperature 0 all of the largest."""
+    if request.judge["temperature"] == 0 and _of(request.rule.min_prob, request.b) > 0:
+        raw = request.raw_q[i, : request.columns]
+        return raw == raw.max()
     q, floor, narrow = request.q(i), _of(request.rule.min_prob, request.b), request.fallback(i)
     inside = narrow > 0 if request.rule.judge_top_k is not None else np.ones(len(q), dtype=bool)
     return np.array([request.at_least(q[v], floor) and inside[v] for v in range(request.columns)])
@@ -278,7 +281,7 @@ def answer(request: _Request) -> Expected:
     emitted = [int(x) for x in request.x[:n]] + [out.next_token] * (out.next_token >= 0)
     for i, token in enumerate(emitted):
         q, logp = softmax(request.raw_q[i]) if not bad(request.raw_q[i]) else np.full(len(request.raw_q[i]), np.nan), np.nan
-        if request.raw_p is not None and i < len(request.raw_p) and not bad(request.raw_p[i]):
+        if request.raw_p is not None and i < request.length and not bad(request.raw_p[i]):
             logp = np.log(softmax(request.raw_p[i])[token]) if token < request.raw_p.shape[1] else np.nan
         entropy = -sum(w * np.log(w) for w in q if not w <= 0)
         out.labels.append((np.log(q[token]), logp, int((request.raw_q[i] > request.raw_q[i][token]).sum()), entropy))
@@ -291,13 +294,11 @@ def verify(rule, proposals, *, proposer_logits=None, judge_logits, lengths=None,
     proposer, judge = proposer or dk.Sampling(), judge or dk.Sampling()
     judged = judge_logits.double().cpu().numpy()
     proposed = None if proposer_logits is None else proposer_logits.double().cpu().numpy()
+    out = []
     with np.errstate(divide="ignore", invalid="ignore"):
-        return [
-            answer(
-                _Request(
-                    rule, b, proposals[b].cpu().numpy(), None if proposed is None else proposed[b], judged[b],
-                    proposals.shape[1] if lengths is None else int(lengths[b]), _of(seeds, b), int(positions[b]), proposer, judge, valid_vocab,
-                )  # fmt: skip
-            )
-            for b in range(proposals.shape[0])
-        ]
+        for b, x in enumerate(proposals.cpu().numpy()):
+            length = len(x) if lengths is None else int(lengths[b])
+            rows = None if proposed is None else proposed[b]
+            place = _of(seeds, b), int(positions[b])
+            out.append(answer(_Request(rule, b, x, rows, judged[b], length, *place, proposer, judge, valid_vocab)))
+    return out

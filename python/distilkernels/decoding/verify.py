@@ -41,7 +41,8 @@ class Verdict:
     ``valid`` bool [B]: False where a row it needed held NaN, +inf or nothing but −inf; it then emits what was accepted before.
     ``num_accepted`` int64 [B]. ``next_token`` int64 [B], −1 = none. ``next_source`` int64 [B]: a :class:`Source`. ``accepted`` bool [B, G].
     Labels of the token emitted at i, [B, G + 1], NaN or −1 where none is: ``judge_logprobs`` and ``proposer_logprobs`` (raw, at
-    temperature 1; float32, float64 for float64 logits), ``judge_rank`` int64 (raw), ``judge_entropy`` of the judge's raw row.
+    temperature 1; float32, float64 for float64 logits; a bonus has no proposer's), ``judge_rank`` int64 (raw), ``judge_entropy`` of the
+    judge's raw row.
     """
 
     valid: Tensor
@@ -180,7 +181,7 @@ def verify(
     if proposer_logits is not None and g:
         safe = accepted.clamp(max=g - 1)
         z = proposer_logits[torch.arange(b, device=device), safe, token.clamp(0, proposer_logits.shape[2] - 1)].double()
-        missing = (accepted >= g) | (token < 0) | (token >= proposed_columns)
+        missing = finished | (token < 0) | (token >= proposed_columns)
         after = (z - proposer_lse.gather(1, safe[:, None])[:, 0]).masked_fill(missing, math.nan)
         proposer_labels = label(y.double() - proposer_lse, after, math.nan)
     return Verdict(
