@@ -110,7 +110,7 @@ def _of(value, b: int):
     return value[b].item() if isinstance(value, torch.Tensor) else value
 
 
-def _settings(sampling, b: int, top_k=None) -> dict:
+def settings_of(sampling, b: int, top_k=None) -> dict:
     out = {name: _of(getattr(sampling, name), b) for name in ("temperature", "top_k", "top_p", "min_p")}
     if top_k is not None:
         out["top_k"] = top_k if out["top_k"] is None else min(top_k, out["top_k"])
@@ -127,9 +127,9 @@ class _Request:
         self.raw_p = None if proposer_logits is None else proposer_logits[:, :valid_vocab]
         self.columns = self.raw_q.shape[1] if self.raw_p is None else min(self.raw_q.shape[1], self.raw_p.shape[1])
         reverse = isinstance(rule, dk.ReverseSpeculative)
-        self.judge = _settings(judge, b)
-        self.narrow = _settings(judge, b, _of(rule.judge_top_k, b) if reverse else None)
-        self.proposer = _settings(proposer, b, _of(rule.proposer_top_k, b) if reverse else None)
+        self.judge = settings_of(judge, b)
+        self.narrow = settings_of(judge, b, _of(rule.judge_top_k, b) if reverse else None)
+        self.proposer = settings_of(proposer, b, _of(rule.proposer_top_k, b) if reverse else None)
 
     def q(self, i: int) -> np.ndarray:
         return law(self.raw_q[i, : self.columns], **self.judge, near=self.near)

@@ -336,40 +336,6 @@ def test_uniforms_at_their_ends(monkeypatch, low):
     assert int(dk.sample(torch.tensor([[0.0, -INF, 2.0, 1.0]]), seeds=1, positions=torch.zeros(1, dtype=torch.int64), backend="reference")[0]) == 2
 
 
-def kept_by(sampling: Sampling, logits: list[float], backend="reference", device="cpu") -> set[int]:
-    rows = torch.tensor(logits, dtype=torch.float32, device=device).expand(600, -1)
-    at = torch.zeros(600, dtype=torch.int64, device=device)
-    tokens, logprobs = dk.sample(rows, seeds=torch.arange(600, device=device), positions=at, sampling=sampling, backend=backend)
-    assert abs(float(logprobs.exp().double()[[int((tokens == t).nonzero()[0]) for t in tokens.unique()]].sum()) - 1) < 1e-5
-    return set(tokens.tolist())
-
-
-@BACKENDS
-def test_filters_at_their_ends(backend, device):
-    rows, flat = [1.0, 3.0, 3.0, 2.0, -INF], [0.5] * 5
-    for sampling, logits, want in (
-        (Sampling(0.0), rows, {1}),
-        (Sampling(0), flat, {0}),
-        (Sampling(0.0, top_k=4, top_p=0.99, min_p=0.1), rows, {1}),
-        (Sampling(top_p=0.0), rows, {1, 2}),
-        (Sampling(top_p=0.0), [1.0, 2.0, 0.0], {1}),
-        (Sampling(top_p=1.0), rows, {0, 1, 2, 3}),
-        (Sampling(top_p=7.5), rows, {0, 1, 2, 3}),
-        (Sampling(top_k=1), rows, {1, 2}),
-        (Sampling(top_k=1), flat, {0, 1, 2, 3, 4}),
-        (Sampling(top_k=3), rows, {1, 2, 3}),
-        (Sampling(top_k=10**9), rows, {0, 1, 2, 3}),
-        (Sampling(min_p=1.0), rows, {1, 2}),
-        (Sampling(min_p=0.0), rows, {0, 1, 2, 3}),
-        (Sampling(min_p=0.35), rows, {1, 2, 3}),  # e⁻¹ = 0.368
-        (Sampling(0.5, min_p=0.35), rows, {1, 2}),  # after the temperature: e⁻²
-        (Sampling(top_p=0.84), rows, {1, 2, 3}),  # ⅔ of the mass in the top two, 0.79 exactly
-        (Sampling(top_p=0.7), rows, {1, 2}),
-        (Sampling(top_k=2, top_p=0.4), [2.0, 1.9, 1.9], {0, 1, 2}),  # the tie keeps three; above the second 0.35
-    ):
-        assert kept_by(sampling, logits, backend, device) == want, sampling
-
-
 def test_reverse_speculative_limits():
     """min_prob = 0 passes what the judge filtered; judge_top_k does not; min_prob is of Q before the top-k renormalises it."""
     q = [[0.5, 0.3, 0.2]]
