@@ -46,6 +46,8 @@ class Session:
         room: tokens a request may get after its prompt. per_round: slots that one round may take.
     """
 
+    slack = 64  # slots of waste that are never worth a copy of the cache
+
     def __init__(self, name: str, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, room: int, per_round: int):
         checked_model(name, model)
         self.name, self.model, self.device = name, model, model.device
@@ -148,7 +150,7 @@ class Session:
         """Goes on with these requests only, and regathers the slots where too many of them are waste."""
         used = int(self.mask[rows].sum(1).max())
         everyone = len(rows) == len(self.pending)
-        if everyone and self.slots <= 1.25 * used + 64 and self.slots + self.per_round <= self.capacity:
+        if everyone and self.slots <= 1.25 * used + self.slack and self.slots + self.per_round <= self.capacity:
             return
         chosen = torch.tensor(rows, device=self.device)
         mask = self.mask[chosen]
