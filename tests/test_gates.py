@@ -285,6 +285,42 @@ def test_a_gate_with_a_rule_alone_and_in_a_batch(pair):
         assert torch.equal(alone.source[0], together.source[b, together.mask[b]])
 
 
+class _Unlucky:
+    """Takes some of the follower's tokens back; the leader then writes there."""
+
+    divergence = None
+
+    def __init__(self, refused):
+        self.refused = refused
+
+    def lead(self, coin):
+        lead = _Unlucky(self.refused)
+        lead.writer = "proposer"
+        return lead
+
+    def next(self):
+        return Turn(self.writer, 1)
+
+    def wrote(self, tokens, divergence):
+        kept = self.writer == "judge" or tokens[0] not in self.refused
+        self.writer = "proposer" if kept else "judge"
+        return int(kept)
+
+
+def test_a_token_taken_back_says_nothing_about_the_next():
+    judge, proposer = (tiny("GPT2LMHeadModel", seed=seed, vocab_size=7, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3) for seed in (1, 2))
+    n, refused, prompt = 5_000, [0, 2, 5], torch.tensor([3, 1])
+    p, q = (rows_after(model, prompt, [0])[-1].double().softmax(-1) for model in (proposer, judge))
+    kept = torch.ones(7, dtype=torch.float64).index_fill(0, torch.tensor(refused), 0.0)
+    law = p * kept + (p * (1 - kept)).sum() * q
+    traces = generate(
+        proposer, judge, prompt.expand(n, -1), None, rule=None, gate=_Unlucky(refused), max_new_tokens=1, seeds=torch.arange(n), eos_token_id=None
+    )
+    counts = torch.bincount(traces.tokens[:, 0], minlength=7)
+    # six degrees of freedom: a false alarm once in 10^7
+    assert ((counts - n * law) ** 2 / (n * law)).sum() < 43.5
+
+
 class _Refusing:
     divergence = None
 

@@ -69,6 +69,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda request, address: None  # clients that gave up
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     def complete(self, body):

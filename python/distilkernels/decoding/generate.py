@@ -101,7 +101,7 @@ def generate(
     live, bar = requests, _Bar(sum(limits)) if progress else None
     while live:
         turns = [request.turn(block_size) for request in live]
-        planes, accepted, valid = rounds.play(live, turns)
+        planes, valid = rounds.play(live, turns)
         emitted = []
         for i, (request, turn) in enumerate(zip(live, turns)):
             emitted.append(request.take(turn, planes[:, i], valid[i], eos))
@@ -111,7 +111,7 @@ def generate(
             if bar is not None:
                 bar.add(sources)
         stay = [i for i, request in enumerate(live) if not request.finished]
-        rounds.end(emitted, accepted, stay)
+        rounds.end(emitted, stay)
         live = [live[i] for i in stay]
     if bar is not None:
         bar.close()

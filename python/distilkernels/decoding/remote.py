@@ -182,7 +182,7 @@ class RemoteSession:
     def score(self, members: list[bool], counts: list[int], tokens: Tensor, extra: bool) -> None:
         """A server is not asked for tokens that it did not write."""
 
-    def commit(self, emitted: list[list[int]], kept: list[int]) -> None:
+    def commit(self, emitted: list[list[int]]) -> None:
         for sequence, tokens in zip(self.sequences, emitted):
             sequence.extend(tokens)
 

@@ -93,8 +93,8 @@ class Rounds:
         self.columns = min(c for c in (judging.columns, proposing.columns, valid_vocab) if c is not None)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=judging.device)
 
-    def play(self, live: list[Request], turns: list[Turn]) -> tuple[Tensor, list[int], list[bool]]:
-        """One block of every request: (planes [7, B, G + 1] on the CPU, how many proposals each keeps, whether its rows are sound)."""
+    def play(self, live: list[Request], turns: list[Turn]) -> tuple[Tensor, list[bool]]:
+        """One block of every request: (PLANES [7, B, G + 1] on the CPU, whether the rows it needed were sound)."""
         device, counts = self.judging.device, [turn.tokens for turn in turns]
         if self.rule is None and any(turn.writer == "rule" for turn in turns):
             raise ValueError(f"rule must be given for {type(self.gate).__name__}, which asks for it; got None")
@@ -144,7 +144,7 @@ class Rounds:
 
     def _judged(
         self, turns: list[Turn], tokens: Tensor, lengths: Tensor, positions: Tensor, proposer_rows: Tensor | None, judge_rows: Tensor, said: Tensor | None
-    ) -> tuple[Tensor, list[int], list[bool]]:
+    ) -> tuple[Tensor, list[bool]]:
         """The rule's verdict where it was asked for, labels everywhere; one transfer to the host."""
         device, by_rule = tokens.device, [turn.writer == "rule" for turn in turns]
         given = (tokens, proposer_rows, judge_rows, lengths, self.seeds.to(device), positions, None if said is None else said.to(device))
@@ -161,13 +161,13 @@ class Rounds:
         if self.gate is not None and self.gate.divergence is not None:
             packed[6, :, : tokens.shape[1]] = self.gate.divergence(proposer_rows, judge_rows[:, : tokens.shape[1]]).double()
         packed = packed.cpu()
-        return packed[:-2], packed[-2, :, 0].long().tolist(), packed[-1, :, 0].bool().tolist()
+        return packed[:-1], packed[-1, :, 0].bool().tolist()
 
     def _verdict(
         self, rule: Rule, proposer: Sampling, judge: Sampling, tokens: Tensor, proposer_rows: Tensor | None, judge_rows: Tensor, lengths: Tensor,
         seeds: Tensor, positions: Tensor, said: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """PLANES, how many are accepted and whether the rows were sound: float64 [9, B, G + 1], which holds ids exactly."""
+        """PLANES and whether the rows were sound, float64 [8, B, G + 1], which holds ids exactly."""
         verdict = verify(
             rule, tokens, proposer_logits=proposer_rows, judge_logits=judge_rows, lengths=lengths, seeds=seeds, positions=positions, proposer=proposer,
             judge=judge, valid_vocab=self.valid_vocab, backend=self.backend,
@@ -180,14 +180,14 @@ class Rounds:
             proposer_logprobs = said.masked_fill(place >= count, math.nan)
         nothing = torch.full_like(emitted, math.nan, dtype=torch.float64)
         planes = (emitted, source, verdict.judge_logprobs, proposer_logprobs, verdict.judge_rank, verdict.judge_entropy, nothing)
-        return torch.stack([plane.double().expand(emitted.shape) for plane in (*planes, count, verdict.valid[:, None])])
+        return torch.stack([plane.double().expand(emitted.shape) for plane in (*planes, verdict.valid[:, None])])
 
-    def end(self, emitted: list[list[int]], accepted: list[int], stay: list[int]) -> None:
+    def end(self, emitted: list[list[int]], stay: list[int]) -> None:
         """Rolls both models back to what was emitted and goes on with the requests `stay`."""
         if not stay:
             return
         for session in (self.proposing, self.judging):
-            session.commit(emitted, accepted)
+            session.commit(emitted)
             session.select(stay)
         if len(stay) < len(emitted):
             rows = torch.tensor(stay)

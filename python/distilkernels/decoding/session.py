@@ -131,12 +131,12 @@ class Session:
             if member:
                 self.start[b], self.fed[b] = slot, fed[b]
 
-    def commit(self, emitted: list[list[int]], kept: list[int]) -> None:
-        """Ends a round: request b continues with `emitted[b]`, whose first `kept[b]` are its block's own; everything else is taken back."""
+    def commit(self, emitted: list[list[int]]) -> None:
+        """Ends a round: request b goes on with `emitted[b]`, all but the last of which are its block's own; the rest is taken back."""
         ends = []
         for b, tokens in enumerate(emitted):
             # of the block, what stays in the cache; one token at least is left to feed, be it the one before the block
-            valid = min(kept[b], self.fed[b], len(tokens) - 1)
+            valid = min(self.fed[b], len(tokens) - 1)
             ends.append(self.start[b] + valid)
             sequence = [self.last[b], *tokens]
             self.pending[b], self.last[b] = sequence[valid + 1 :], sequence[-1]
