@@ -55,14 +55,15 @@ def new_cache(name: str, model: nn.Module, capacity: int) -> Any:
         raise ValueError(f"{name}: cache_implementation must be None, 'dynamic' or 'static'; {kind}'s generation_config has {asked!r}")
     cache = StaticCache(config=model.config, max_cache_len=capacity)
     if not all(type(layer) is StaticLayer and hasattr(layer, "cumulative_length") for layer in cache.layers):
-        raise ValueError(f"{name}: StaticCache can be rolled back for full-attention models and transformers ≥ 5 only; {kind} here is neither")
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+        raise ValueError(f"{name}: a StaticCache can be rolled back with full attention and transformers ≥ 5 only; {kind} has {kinds} here")
     return cache
 
 
 def crop(cache: Any, slots: int) -> None:
     """Forgets every slot from `slots` on, of all requests."""
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if layer.keys is None:  # KV sharing: nothing of its own
             continue
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length.fill_(slots)
@@ -74,7 +75,7 @@ def regather(cache: Any, rows: Tensor, index: Tensor) -> None:
     """Keeps requests `rows` int64 [B′], each with its slots `index` int64 [B′, S′], in that order."""
     slots = index.shape[1]
     for layer in cache.layers:
-        if not layer.is_initialized:
+        if layer.keys is None:  # KV sharing: nothing of its own
             continue
         static = hasattr(layer, "cumulative_length")
         for side in ("keys", "values"):
