@@ -83,7 +83,8 @@ def test_wheel_from_sdist(sdist, tmp_path, without_torch):
     wheel = wheel_of(unpacked(sdist, tmp_path / "tree"), tmp_path / "out", without_torch)
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("distilkernels/__init__.py", "distilkernels/py.typed", "distilkernels/primitives/vocab_stats.py",
-                   "distilkernels/kernels/vocab_stats.py", "distilkernels/csrc/__init__.py"):  # fmt: skip
+                   "distilkernels/kernels/vocab_stats.py", "distilkernels/csrc/__init__.py",
+                   "distilkernels/csrc/cuda/topk_select.cu", "distilkernels/csrc/cuda/ptx.cuh"):  # fmt: skip
         assert wanted in names
     assert any(n.startswith("distilkernels/_cpp.") and n.endswith(".so") for n in names)
     assert any(n.endswith("licenses/LICENSE") for n in names)

@@ -223,7 +223,6 @@ topk_select(const char* logits, long long inner, long long outer_stride, long lo
     const int units = (count < needed ? count : needed) * LANES;
 
     Mass rest = others;
-    __syncthreads();
     if (thread() == 0) shared.count = 0;
     __syncthreads();
     collect(shared, head, row, units, (u64)threshold << (32 + kLow), rest);

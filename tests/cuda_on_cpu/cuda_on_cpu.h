@@ -1,9 +1,9 @@
 // Runs a CUDA kernel of one source file on a CPU, one block after another, to hold it to the truth where there is no GPU.
 //
-// Every thread is a fiber. A fiber runs until it meets others (a barrier, a shuffle, a vote) or, now and then, an atomic;
-// which fiber runs next is drawn from a seed, so that a missing barrier shows as results that depend on the seed. Shared
-// memory is filled with noise before each block. Barriers that not all threads reach, collectives whose lanes differ and
-// misaligned vector loads end the process with a message.
+// Every thread is a fiber. A fiber runs until it meets others (a barrier, a shuffle, a vote) or, now and then, an atomic.
+// Which warp goes ahead and which of its fibers runs first is drawn from a seed, so that a missing barrier shows as wrong
+// results. Shared memory is filled with noise before each block. Barriers that not all threads reach, collectives whose
+// lanes differ and misaligned vector loads end the process with a message.
 #pragma once
 
 #include <ucontext.h>
@@ -163,6 +163,23 @@ __attribute__((no_sanitize_address)) inline void fill_shared_with_noise() {
     for (volatile unsigned char* at = __start_cuda_shared; at != __stop_cuda_shared; ++at) *at = (unsigned char)draw();
 }
 
+// Every fiber of a warp that can run does, in an order of the seed's; whether one could.
+inline bool run_warp(unsigned first) {
+    unsigned order[32];
+    for (unsigned l = 0; l < 32; ++l) order[l] = first + l;
+    for (unsigned l = 32; l > 1; --l) std::swap(order[l - 1], order[draw() % l]);
+    bool ran = false;
+    for (unsigned t : order) {
+        Fiber& f = machine.fibers[t];
+        if (f.state == State::Waiting && f.op != Op::Block && f.op != Op::BlockOr) resolve_warp(first, f.mask);
+        if (f.state != State::Ready) continue;
+        machine.current = t;
+        ran = true;
+        switch_to(&machine.scheduler, &f.context, f.stack.get(), kStack, false);
+    }
+    return ran;
+}
+
 inline void run_block(unsigned threads) {
     fill_shared_with_noise();
     for (unsigned t = 0; t < threads; ++t) {
@@ -174,24 +191,22 @@ inline void run_block(unsigned threads) {
         f.context.uc_link = nullptr;
         makecontext(&f.context, enter, 0);
     }
-    std::vector<unsigned> order(threads);
-    for (;;) {
-        // one round: every fiber that can, in an order of the seed's
-        for (unsigned t = 0; t < threads; ++t) order[t] = t;
-        for (unsigned t = threads; t > 1; --t) std::swap(order[t - 1], order[draw() % t]);
-        bool ran = false, done = true;
-        for (unsigned t : order) {
-            Fiber& f = machine.fibers[t];
-            if (f.state == State::Waiting && f.op != Op::Block && f.op != Op::BlockOr) resolve_warp(t & ~31u, f.mask);
-            done &= f.state == State::Done;
-            if (f.state != State::Ready) continue;
-            machine.current = t;
-            ran = true;
-            switch_to(&machine.scheduler, &f.context, f.stack.get(), kStack, false);
+    // One warp goes ahead of the others as far as it can, or stops on the way for another.
+    const unsigned warps = threads / 32;
+    unsigned first = (unsigned)(draw() % warps), stuck = 0;
+    while (stuck < warps) {
+        if (run_warp(first * 32)) {
+            stuck = 0;
+            if (draw() % 8) continue;
+            first = (unsigned)(draw() % warps);
+        } else {
+            ++stuck;
+            first = (first + 1) % warps;
         }
-        if (done) return;
-        if (!ran && !resolve_block()) fail("threads wait for each other in different places");
+        if (stuck == warps && resolve_block()) stuck = 0;
     }
+    for (unsigned t = 0; t < threads; ++t)
+        if (machine.fibers[machine.current = t].state != State::Done) fail("threads wait for each other in different places");
 }
 
 // Runs `body`, a call of the kernel, for every block and thread. `threads` is a multiple of 32.

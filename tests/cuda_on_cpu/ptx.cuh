@@ -14,6 +14,7 @@ inline float exp2_approx(float x) {
 
 inline float half_bits_to_float(unsigned short bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    const float size = exponent == 31 ? (mantissa ? NAN : INFINITY) : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    float size = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp((float)mantissa, -24);
+    if (exponent == 31) size = mantissa ? NAN : INFINITY;
     return bits >> 15 ? -size : size;
 }

@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -42,7 +43,8 @@ def why_not() -> str | None:
         return f"NVRTC is not installed ({install}): {str(reason).splitlines()[0]}"
     error, runs = driver.cuDriverGetVersion()
     if not error and runs // 1000 < compiles[0]:
-        return f"NVRTC {compiles[0]}.{compiles[1]} needs a driver for CUDA {compiles[0]}; this one serves {runs // 1000}: pip install 'cuda-core[cu{runs // 1000}]'"
+        serves = f"cu{runs // 1000}"
+        return f"NVRTC {compiles[0]}.{compiles[1]} compiles for newer drivers than this one, which serves {serves}: pip install 'cuda-core[{serves}]'"
     return None
 
 
@@ -67,13 +69,21 @@ def kernel(name: str, architecture: str, defines: tuple[tuple[str, int], ...]):
 
 def launch(function, device: torch.device, grid: int, block: int, *arguments: int | float) -> None:
     """Queues `grid` blocks of `block` threads on torch's current stream of `device`; ints are passed as 64 bits, floats as double."""
-    from cuda.core import LaunchConfig, Stream
+    from cuda.core import LaunchConfig
     from cuda.core import launch as queue
 
     with torch.cuda.device(device):
+        queue(_Stream(torch.cuda.current_stream(device).cuda_stream), LaunchConfig(grid=grid, block=block), function, *arguments)
+
+
+class _Stream(NamedTuple):
+    """torch's stream under the protocol by which cuda.core takes streams of others; torch's own class has it in newer releases only."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
         # torch's default stream has handle 0, for which CUDA's own name is 1
-        stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream or 1)
-        queue(stream, LaunchConfig(grid=grid, block=block), function, *arguments)
+        return 0, self.handle or 1
 
 
 def cubin(name: str, architecture: str, defines: Mapping[str, int]) -> bytes:
