@@ -32,7 +32,7 @@ struct Shared {
     int count;
 };
 
-// One chunk: lane by lane eight columns, `valid` of which exist.
+// One chunk: eight columns a lane, `valid` of which exist. Writes its tiles; true in lanes that met a NaN.
 __device__ __forceinline__ bool reduce_chunk(Tiles& tiles, const Head& head, const float (&y)[kVector], int chunk, int count, int valid) {
     float top = y[0];
 #pragma unroll
@@ -136,7 +136,7 @@ __device__ __forceinline__ Mass list_tiles(Shared& shared, const Head& head, int
 
 __device__ __forceinline__ u64 entry_key(float y, int column) { return (u64)order_key(y) << 32 | (u32)~column; }
 
-// Eight columns of a taken tile, of which thread() + base is given the unit-th; returns how many exist.
+// The unit-th eight columns of the taken tiles, from column *first on; returns how many there are up to the end of the row.
 __device__ __forceinline__ int read_unit(const Shared& shared, const Row& row, int unit, int units, int* first, float (&y)[kVector]) {
     if (unit >= units) return 0;
     *first = shared.taken[unit / LANES] * kTile + unit % LANES * kVector;
