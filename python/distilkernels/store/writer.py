@@ -238,12 +238,18 @@ class TopKWriter:
             raise ValueError(f"teacher must be [T, K] with K at most {k}; got {tuple(teacher.ids.shape)}")
         if teacher.temperature != self.manifest.temperature:
             raise ValueError(f"teacher must have the store's temperature {self.manifest.temperature}; got {teacher.temperature}")
-        teacher = teacher.to("cpu").validate(vocab_size)
+        teacher = teacher.to("cpu")
         n = len(teacher)
+        given = teacher.ids.numpy()
+        if given.size and (given.min() < -1 or given.max() >= vocab_size):
+            teacher.validate(vocab_size)
         ids, logprobs = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
-        ids[:, : teacher.k] = teacher.ids.numpy()
+        ids[:, : teacher.k] = given
         logprobs[:, : teacher.k] = teacher.logprobs.detach().float().numpy()
         logprobs[ids < 0] = -np.inf
+        tail = np.full(n, np.nan, np.float32) if teacher.tail_logprob is None else teacher.tail_logprob.detach().float().numpy().copy()
+        if _suspicious(ids, logprobs, tail, teacher.tail_logprob is not None):
+            teacher.validate(vocab_size)
         limit = largest_logprob(self.manifest.max_logprob_error)
         beyond = (logprobs < -limit) & (logprobs != -np.inf)
         if beyond.any():
@@ -255,7 +261,6 @@ class TopKWriter:
         order = None if _ordered(ids, logprobs) else np.lexsort((ids, ids < 0, -logprobs), axis=1)
         if order is not None:
             ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-        tail = np.full(n, np.nan, np.float32) if teacher.tail_logprob is None else teacher.tail_logprob.detach().float().numpy().copy()
         return ids, logprobs, tail
 
 
@@ -268,6 +273,14 @@ def num_shards(folder: Path, manifest: Manifest) -> int:
     if len(numbers_found) < manifest.shards:
         raise StoreError(f"the shard is missing: the manifest counts {manifest.shards}", folder / shard_name(len(numbers_found)))
     return len(numbers_found)
+
+
+def _suspicious(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, with_tail: bool) -> bool:
+    """A quick look that misses nothing :meth:`TeacherTopK.validate` refuses (NaN, repeated ids, too much mass)."""
+    ordered = np.sort(ids, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    mass = np.exp(logprobs).sum(1) + (np.exp(tail) if with_tail else np.float32(0))
+    return bool(repeated.any()) or not (mass < 1.009).all()
 
 
 def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> bool:
