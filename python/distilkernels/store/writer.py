@@ -53,15 +53,15 @@ class TopKWriter:
         teacher: str | None = None, tokenizer_hash: str | None = None, metadata: dict | None = None, flush_tokens: int = 65_536,
         mode: str = "create",
     ):  # fmt: skip
-        vocab_size = _checked_int("vocab_size", vocab_size, 1, 2**31 - 1)
-        self._flush_tokens = _checked_int("flush_tokens", flush_tokens, 1, 2**31 - 1)
+        vocab_size = checked_int("vocab_size", vocab_size, 1, 2**31 - 1)
+        self._flush_tokens = checked_int("flush_tokens", flush_tokens, 1, 2**31 - 1)
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}")
         max_logprob_error = checked_positive("max_logprob_error", max_logprob_error)
         if not 1e-5 <= max_logprob_error <= 1:
             raise ValueError(f"max_logprob_error must be in [1e-5, 1] nats; got {max_logprob_error}")
         wanted = Manifest(
-            _checked_int("k", k, 1, vocab_size), vocab_size, checked_positive("temperature", temperature), max_logprob_error,
+            checked_int("k", k, 1, vocab_size), vocab_size, checked_positive("temperature", temperature), max_logprob_error,
             _checked_name("teacher", teacher), _checked_name("tokenizer_hash", tokenizer_hash), _checked_metadata(metadata),
         )  # fmt: skip
         self.path = Path(path)
@@ -183,6 +183,12 @@ class TopKWriter:
         tokens = np.concatenate([np.zeros(0, np.int64), *self._token_ids])
         self._publish(Content(self._doc_ids, np.array(self._documents, np.int64), blocks, token_blocks(tokens)))
 
+    def append_content(self, content: Content) -> None:
+        """Publishes documents that are encoded already, from a store of the same properties, as one file. See :func:`merge`."""
+        self.flush()
+        self._publish(content)
+        self._written.update(content.doc_ids)
+
     def _publish(self, content: Content) -> None:
         path = self.path / shard_name(self._shards)
         try:
@@ -191,7 +197,7 @@ class TopKWriter:
             message = f"cannot be written: {reason.strerror}; {len(content.doc_ids)} documents wait in memory, those flushed before are safe"
             raise StoreError(message, path, getattr(reason, "written", None)) from reason
         self._shards += 1
-        self._tokens += self._buffered
+        self._tokens += int(content.documents[:, shards.ROWS].sum())
         self._doc_ids, self._documents, self._rows, self._token_ids, self._buffered = [], [], [], [], 0
         try:
             sync_folder(self.path)
@@ -290,7 +296,7 @@ def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> bool:
     return not ((left < right) | tie).any()
 
 
-def _checked_int(name: str, value: int, low: int, high: int) -> int:
+def checked_int(name: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if not low <= value <= high:
@@ -319,7 +325,7 @@ def _checked_doc_id(doc_id: str | int) -> str | int:
 
 
 def _checked_tokens(tokens, first: int, rows: int) -> np.ndarray | None:
-    first = _checked_int("first", first, 0, 2**31 - 1)
+    first = checked_int("first", first, 0, 2**31 - 1)
     if tokens is None:
         return None
     tokens = torch.as_tensor(tokens)
