@@ -206,6 +206,17 @@ def test_tokens_beside_rows(tmp_path):
     assert reader.stored_tokens == 20_006
 
 
+def test_more_shards_than_are_kept_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr("distilkernels.store.reader._MAPPED", 2)
+    with dk.store.TopKWriter(tmp_path / "s", 5, 97, flush_tokens=1) as writer:
+        for i in range(5):
+            writer.append(teacher_rows(3, seed=i), i)
+    reader = dk.store.TopKReader(tmp_path / "s")
+    for i in (0, 4, 1, 1, 3, 0, 2):
+        assert_stored(reader[i], teacher_rows(3, seed=i))
+        assert len(reader._mapped) <= 2 < reader.shards
+
+
 def test_the_container_is_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     with dk.store.TopKWriter(tmp_path / "s", 5, 97) as writer:
