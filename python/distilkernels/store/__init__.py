@@ -1,0 +1,10 @@
+"""An append-only, memory-mapped store of teacher rows: capture once, distil many times. docs/store.md has the format."""
+
+from ..errors import StoreError
+from .data import TopKCollator, TopKDataset
+from .manifest import Manifest
+from .merge import StoreInfo, info, merge
+from .reader import TopKReader
+from .writer import TopKWriter
+
+__all__ = ["Manifest", "StoreError", "StoreInfo", "TopKCollator", "TopKDataset", "TopKReader", "TopKWriter", "info", "merge"]
