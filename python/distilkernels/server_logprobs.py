@@ -24,13 +24,11 @@ _UNNAMED = -2
 class ServerLogprobs:
     """Turns lists of a server's entries into rows, and counts the token strings that name no single id.
 
-    Args: see :func:`from_logprob_dicts`. strings_are_ids: whether a bare string key over a float is an id in decimal (JSON
-    turns integer keys into strings) rather than a token.
+    Args: see :meth:`TeacherTopK.from_logprob_dicts`.
     """
 
     def __init__(
-        self, k: int, *, tokenizer=None, token_form: str | None = None, temperature: float = 1.0, vocab_size: int | None = None,
-        strings_are_ids: bool = True,
+        self, k: int, *, tokenizer=None, token_form: str | None = None, temperature: float = 1.0, vocab_size: int | None = None
     ):  # fmt: skip
         for name, value in (("k", k), ("vocab_size", vocab_size)):
             if value is None and name == "vocab_size":
@@ -42,18 +40,22 @@ class ServerLogprobs:
         self.k = int(k)
         self.temperature = checked_positive("temperature", temperature)
         self.vocab_size = vocab_size
-        self.strings_are_ids = strings_are_ids
         self.entries = 0
         self.unnamed = 0
         self._strings = None if tokenizer is None else TokenStrings.of(tokenizer, token_form)
         self._example: str | None = None
 
-    def rows(self, entries: Sequence[Any]) -> TeacherTopK:
-        """One row per entry, [N, K]; a first entry that is None (or empty) is left out: nothing predicts the first token."""
+    def rows(self, entries: Sequence[Any], strings_are_ids: bool | None = None) -> TeacherTopK:
+        """One row per entry, [N, K]; a first entry that is None (or empty) is left out: nothing predicts the first token.
+
+        strings_are_ids: whether a string key over a bare float is an id in decimal (JSON turns integer keys into strings)
+        rather than a token; None: it is where there is no tokenizer.
+        """
         if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
             raise TypeError(f"a list with one entry per token is expected; got {type(entries).__name__}")
         first = 1 if len(entries) and (entries[0] is None or entries[0] == {}) else 0
-        found = [self._row(entries[i], i) for i in range(first, len(entries))]
+        strings_are_ids = self._strings is None if strings_are_ids is None else strings_are_ids
+        found = [self._row(entries[i], i, strings_are_ids) for i in range(first, len(entries))]
         width = max((len(row) for row in found), default=0)
         ids = torch.full((len(found), max(width, self.k)), -1, dtype=torch.int64)
         logprobs = torch.full(ids.shape, -math.inf, dtype=torch.float64)
@@ -79,20 +81,20 @@ class ServerLogprobs:
             kept.int(), logprobs[:, : self.k].masked_fill(kept < 0, -math.inf).float(), tail.float(), self.temperature
         )  # fmt: skip
 
-    def warn(self) -> None:
+    def warn(self, stacklevel: int) -> None:
         """One warning for all strings that named no single id."""
         if self.unnamed:
             warnings.warn(
                 f"{self.unnamed} of {self.entries} entries have a token string that names no single id, such as {self._example!r}: their "
                 'mass is in the tail. Ask the server for ids where it can (vLLM: "return_tokens_as_token_ids": true), or say '
                 "what its strings are, token_form='text' or 'piece'",
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
-    def _row(self, entry: Any, i: int) -> list[tuple[int, float]]:
+    def _row(self, entry: Any, i: int, strings_are_ids: bool) -> list[tuple[int, float]]:
         """Distinct (id, log-prob), first come first; strings without an id as _UNNAMED."""
         found: dict[Any, float] = {}
-        for token, logprob in self._entries(entry, i):
+        for token, logprob in _entries(entry, i, strings_are_ids):
             if isinstance(logprob, bool) or not isinstance(logprob, numbers.Real):
                 raise TypeError(f"entry {i}: the log-prob of {token!r} must be a number; got {type(logprob).__name__}")
             if math.isnan(logprob):
@@ -100,7 +102,7 @@ class ServerLogprobs:
             if logprob <= ABSENT:
                 continue
             self.entries += 1
-            name = self._id(token, i)
+            name = self.token_id(*token, i) if isinstance(token, tuple) else int(token)
             if name is None:
                 self.unnamed += 1
                 self._example = self._example or token[0]
@@ -112,37 +114,8 @@ class ServerLogprobs:
             found.setdefault(name, float(logprob))
         return [(_UNNAMED if isinstance(name, tuple) else name, value) for name, value in found.items()]
 
-    def _entries(self, entry: Any, i: int) -> Iterator[tuple[Any, Any]]:
-        """(id, or (string, bytes)) and log-prob, of any of the shapes."""
-        if entry is None:
-            return
-        listed = _get(entry, "top_logprobs")
-        if isinstance(entry, (list, tuple)) or isinstance(listed, (list, tuple)):
-            # chat completions: the most probable tokens, and the sampled one, which need not be among them
-            items = [*(entry if listed is None else listed), *([] if listed is None or _get(entry, "logprob") is None else [entry])]
-            for item in items:
-                token, logprob = _get(item, "token"), _get(item, "logprob")
-                if not isinstance(token, str) or logprob is None:
-                    raise ValueError(f"entry {i}: a token and its logprob are expected; got {item!r}")
-                exact = _get(item, "bytes")
-                yield (token, None if exact is None else bytes(exact)), logprob
-        elif isinstance(entry, Mapping):
-            for key, value in entry.items():
-                logprob = _get(value, "logprob")
-                if isinstance(key, str) and (logprob is not None or self.strings_are_ids) and key.isascii() and key.isdecimal():
-                    key = int(key)
-                elif isinstance(key, str):
-                    key = (key, None)
-                elif isinstance(key, bool) or not isinstance(key, numbers.Integral):
-                    raise TypeError(f"entry {i}: keys must be ids or token strings; got {type(key).__name__}")
-                yield key, value if logprob is None else logprob
-        else:
-            raise TypeError(f"entry {i}: a dict of log-probs, a chat token with top_logprobs, or None is expected; got {type(entry).__name__}")
-
-    def _id(self, token: Any, i: int) -> int | None:
-        if not isinstance(token, tuple):
-            return int(token)
-        string, exact = token
+    def token_id(self, string: str, exact: bytes | None = None, i: int = 0) -> int | None:
+        """The one id of a token string of entry `i`, or None; ValueError where that takes a tokenizer."""
         prefix, _, number = string.partition(":")
         if prefix == "token_id" and number.isascii() and number.isdecimal():
             return int(number)
@@ -151,7 +124,35 @@ class ServerLogprobs:
         return self._strings.id_of(string, exact)
 
 
-def _get(item: Any, name: str) -> Any:
+def _entries(entry: Any, i: int, strings_are_ids: bool) -> Iterator[tuple[Any, Any]]:
+    """(id, or (string, bytes)) and log-prob, of any of the shapes."""
+    if entry is None:
+        return
+    listed = field(entry, "top_logprobs")
+    if isinstance(entry, (list, tuple)) or isinstance(listed, (list, tuple)):
+        # chat completions: the most probable tokens, and the sampled one, which need not be among them
+        items = [*(entry if listed is None else listed), *([] if listed is None or field(entry, "logprob") is None else [entry])]
+        for item in items:
+            token, logprob = field(item, "token"), field(item, "logprob")
+            if not isinstance(token, str) or logprob is None:
+                raise ValueError(f"entry {i}: a token and its logprob are expected; got {item!r}")
+            exact = field(item, "bytes")
+            yield (token, None if exact is None else bytes(exact)), logprob
+    elif isinstance(entry, Mapping):
+        for key, value in entry.items():
+            logprob = field(value, "logprob")
+            if isinstance(key, str) and (logprob is not None or strings_are_ids) and key.isascii() and key.isdecimal():
+                key = int(key)
+            elif isinstance(key, str):
+                key = (key, None)
+            elif isinstance(key, bool) or not isinstance(key, numbers.Integral):
+                raise TypeError(f"entry {i}: keys must be ids or token strings; got {type(key).__name__}")
+            yield key, value if logprob is None else logprob
+    else:
+        raise TypeError(f"entry {i}: a dict of log-probs, a chat token with top_logprobs, or None is expected; got {type(entry).__name__}")
+
+
+def field(item: Any, name: str) -> Any:
     """A field of a dict read from JSON, or of a client's object."""
     return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
 
@@ -160,9 +161,7 @@ def from_logprob_dicts(
     entries: Sequence[Any], k: int, *, tokenizer=None, token_form: str | None = None, temperature: float = 1.0, vocab_size: int | None = None
 ) -> TeacherTopK:
     """See :meth:`TeacherTopK.from_logprob_dicts`."""
-    parser = ServerLogprobs(
-        k, tokenizer=tokenizer, token_form=token_form, temperature=temperature, vocab_size=vocab_size, strings_are_ids=tokenizer is None
-    )
+    parser = ServerLogprobs(k, tokenizer=tokenizer, token_form=token_form, temperature=temperature, vocab_size=vocab_size)
     teacher = parser.rows(entries)
-    parser.warn()
+    parser.warn(stacklevel=4)
     return teacher
