@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from ..store import TopKWriter
 from ..teacher import TeacherTopK
 from .batches import Tokens, bucketed, encoded, padded, windows
 from .documents import Document, Documents
+from .stores import size_on_disk
 
 
 class Teacher(NamedTuple):
@@ -190,8 +190,3 @@ class Run:
         size, tokens = size_on_disk(self.writer.path), self.writer.tokens
         each = f", {size / tokens:.1f} bytes a token" if tokens else ""
         return "; ".join(parts) + f"\n{self.writer.path} holds {len(self.writer.docs):,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB{each}"
-
-
-def size_on_disk(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
