@@ -158,4 +158,5 @@ def _tokens(array: np.ndarray, place: str) -> np.ndarray:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{place}: a list of token ids is expected; got {array.dtype} of shape {array.shape}")
-    return np.asarray(array, dtype=np.int64)
+    # a copy: torch takes no view of a read-only map
+    return np.array(array, dtype=np.int64)
