@@ -67,14 +67,14 @@ bool decode_ids(const RowLayout& a, const uint8_t* p, int32_t* ids) {
     return !excess;
 }
 
-// Positions of the set bits: slot j's is (code_j >> low_bits) + j. False if there are not K of them.
+// Positions of the set bits: slot j's is (code_j >> low_bits) + j. False if there are not K of them; high has room for K + 64.
 bool decode_high(const RowLayout& a, const uint8_t* p, int32_t* high) {
     int64_t slot = 0;
     for (int64_t at = 0; at < a.high_bits; at += 64) {
         uint64_t word = load(p + (at >> 3));
         if (a.high_bits - at < 64) word &= mask_of(a.high_bits - at);
-        if (slot + __builtin_popcountll(word) > a.k) return false;
         for (; word; word &= word - 1, ++slot) high[slot] = int32_t(at + __builtin_ctzll(word) - slot);
+        if (slot > a.k) return false;
     }
     return slot == a.k;
 }
@@ -104,20 +104,22 @@ void store_encode(const RowLayout& a, CodeScale scale, int64_t n, const int32_t*
 
 int64_t store_decode(const RowLayout& a, CodeScale scale, int64_t n, const uint8_t* rows, int32_t* ids, float* logprobs, float* tail) {
     const uint64_t low_mask = mask_of(a.low_bits);
-    std::vector<int32_t> high(a.k);
+    const int32_t max_code = int32_t(a.max_code);
+    std::vector<int32_t> code_slots(a.k + 64);
+    int32_t* codes = code_slots.data();
     for (int64_t r = 0; r < n; ++r, ids += a.k, logprobs += a.k, rows += a.row_bytes) {
         std::memcpy(tail + r, rows, 4);
         const bool digits = a.group == 1 ? decode_ids<1>(a, rows + 4, ids) : a.group == 3 ? decode_ids<3>(a, rows + 4, ids) : decode_ids<0>(a, rows + 4, ids);
-        if (!digits || !decode_high(a, rows + a.high_start, high.data())) return r;
+        if (!digits || !decode_high(a, rows + a.high_start, codes)) return r;
         const uint8_t* low = rows + a.low_start;
-        int64_t largest = 0;
+        for (int64_t slot = 0; slot < a.k; ++slot) codes[slot] = codes[slot] << a.low_bits | int32_t(bits(low, slot * a.low_bits, low_mask));
+        int32_t largest = 0;
         for (int64_t slot = 0; slot < a.k; ++slot) {
-            const int64_t code = int64_t(high[slot]) << a.low_bits | int64_t(bits(low, slot * a.low_bits, low_mask));
-            largest = code > largest ? code : largest;
-            const float value = float(scale.hi - double(code) * scale.step);
-            logprobs[slot] = code > a.max_code ? -std::numeric_limits<float>::infinity() : value;
+            const float value = float(scale.hi - double(codes[slot]) * scale.step);
+            logprobs[slot] = codes[slot] > max_code ? -std::numeric_limits<float>::infinity() : value;
+            largest = codes[slot] > largest ? codes[slot] : largest;
         }
-        if (largest > a.max_code + 1) return r;
+        if (largest > max_code + 1) return r;
     }
     return -1;
 }

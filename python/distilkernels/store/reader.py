@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import StoreError
 from ..teacher import TeacherTopK
 from .manifest import TEMPORARY, Manifest
-from .shard import HAS_TAIL, HAS_TOKENS, ROWS, TOKENS, Shard
+from .shard import HAS_TAIL, HAS_TOKENS, ROWS, TOKENS, Content, Shard
 from .writer import num_shards
 
 # Maps held open at once; Linux allows a process 65,530.
@@ -111,6 +111,16 @@ class TopKReader:
         return self._index[:, 3].copy()
 
     @property
+    def stored_tokens(self) -> int:
+        """Token ids stored beside the rows."""
+        return int(self._index[:, 4].sum())
+
+    @property
+    def shards(self) -> int:
+        """Files of rows, one a flush."""
+        return self._shards
+
+    @property
     def unfinished(self) -> list[str]:
         """Names of files that a writer began and did not publish: one is at work, or it crashed and they were lost."""
         return sorted(name for name in os.listdir(self.path) if name.endswith(TEMPORARY))
@@ -165,6 +175,19 @@ class TopKReader:
         if place is None:
             raise KeyError(f"the store has no document {doc_id!r}")
         return self._index[place].tolist()
+
+    def contents(self) -> Iterator[Content]:
+        """The shards, verified, as a writer would publish them again."""
+        for index in range(self._shards):
+            yield self._shard(index).content()
+
+    def part_bytes(self) -> dict[str, int]:
+        """Sizes in bytes over all shards of "tables" (with headers and checksums), "tokens" and "rows"."""
+        total = {"tables": 0, "tokens": 0, "rows": 0}
+        for index in range(self._shards):
+            for name, size in self._shard(index).part_bytes.items():
+                total[name] += size
+        return total
 
     def damage(self, progress: Callable[[int, int], object] | None = None) -> list[StoreError]:
         """Reads and decodes every block, those verified before too.

@@ -53,15 +53,15 @@ class TopKWriter:
         teacher: str | None = None, tokenizer_hash: str | None = None, metadata: dict | None = None, flush_tokens: int = 65_536,
         mode: str = "create",
     ):  # fmt: skip
-        vocab_size = _checked_int("vocab_size", vocab_size, 1, 2**31 - 1)
-        self._flush_tokens = _checked_int("flush_tokens", flush_tokens, 1, 2**31 - 1)
+        vocab_size = checked_int("vocab_size", vocab_size, 1, 2**31 - 1)
+        self._flush_tokens = checked_int("flush_tokens", flush_tokens, 1, 2**31 - 1)
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}")
         max_logprob_error = checked_positive("max_logprob_error", max_logprob_error)
         if not 1e-5 <= max_logprob_error <= 1:
             raise ValueError(f"max_logprob_error must be in [1e-5, 1] nats; got {max_logprob_error}")
         wanted = Manifest(
-            _checked_int("k", k, 1, vocab_size), vocab_size, checked_positive("temperature", temperature), max_logprob_error,
+            checked_int("k", k, 1, vocab_size), vocab_size, checked_positive("temperature", temperature), max_logprob_error,
             _checked_name("teacher", teacher), _checked_name("tokenizer_hash", tokenizer_hash), _checked_metadata(metadata),
         )  # fmt: skip
         self.path = Path(path)
@@ -183,6 +183,12 @@ class TopKWriter:
         tokens = np.concatenate([np.zeros(0, np.int64), *self._token_ids])
         self._publish(Content(self._doc_ids, np.array(self._documents, np.int64), blocks, token_blocks(tokens)))
 
+    def append_content(self, content: Content) -> None:
+        """Publishes documents that are encoded already, from a store of the same properties, as one file. See :func:`merge`."""
+        self.flush()
+        self._publish(content)
+        self._written.update(content.doc_ids)
+
     def _publish(self, content: Content) -> None:
         path = self.path / shard_name(self._shards)
         try:
@@ -191,7 +197,7 @@ class TopKWriter:
             message = f"cannot be written: {reason.strerror}; {len(content.doc_ids)} documents wait in memory, those flushed before are safe"
             raise StoreError(message, path, getattr(reason, "written", None)) from reason
         self._shards += 1
-        self._tokens += self._buffered
+        self._tokens += int(content.documents[:, shards.ROWS].sum())
         self._doc_ids, self._documents, self._rows, self._token_ids, self._buffered = [], [], [], [], 0
         try:
             sync_folder(self.path)
@@ -238,12 +244,18 @@ class TopKWriter:
             raise ValueError(f"teacher must be [T, K] with K at most {k}; got {tuple(teacher.ids.shape)}")
         if teacher.temperature != self.manifest.temperature:
             raise ValueError(f"teacher must have the store's temperature {self.manifest.temperature}; got {teacher.temperature}")
-        teacher = teacher.to("cpu").validate(vocab_size)
+        teacher = teacher.to("cpu")
         n = len(teacher)
+        given = teacher.ids.numpy()
+        if given.size and (given.min() < -1 or given.max() >= vocab_size):
+            teacher.validate(vocab_size)
         ids, logprobs = np.full((n, k), -1, np.int32), np.full((n, k), -np.inf, np.float32)
-        ids[:, : teacher.k] = teacher.ids.numpy()
+        ids[:, : teacher.k] = given
         logprobs[:, : teacher.k] = teacher.logprobs.detach().float().numpy()
         logprobs[ids < 0] = -np.inf
+        tail = np.full(n, np.nan, np.float32) if teacher.tail_logprob is None else teacher.tail_logprob.detach().float().numpy().copy()
+        if _suspicious(ids, logprobs, tail, teacher.tail_logprob is not None):
+            teacher.validate(vocab_size)
         limit = largest_logprob(self.manifest.max_logprob_error)
         beyond = (logprobs < -limit) & (logprobs != -np.inf)
         if beyond.any():
@@ -255,7 +267,6 @@ class TopKWriter:
         order = None if _ordered(ids, logprobs) else np.lexsort((ids, ids < 0, -logprobs), axis=1)
         if order is not None:
             ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
-        tail = np.full(n, np.nan, np.float32) if teacher.tail_logprob is None else teacher.tail_logprob.detach().float().numpy().copy()
         return ids, logprobs, tail
 
 
@@ -270,6 +281,14 @@ def num_shards(folder: Path, manifest: Manifest) -> int:
     return len(numbers_found)
 
 
+def _suspicious(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, with_tail: bool) -> bool:
+    """A quick look that misses nothing :meth:`TeacherTopK.validate` refuses (NaN, repeated ids, too much mass)."""
+    ordered = np.sort(ids, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    mass = np.exp(logprobs).sum(1) + (np.exp(tail) if with_tail else np.float32(0))
+    return bool(repeated.any()) or not (mass < 1.009).all()
+
+
 def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> bool:
     left, right = logprobs[:, :-1], logprobs[:, 1:]
     # as unsigned numbers empty slots, −1, are the largest id
@@ -277,7 +296,7 @@ def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> bool:
     return not ((left < right) | tie).any()
 
 
-def _checked_int(name: str, value: int, low: int, high: int) -> int:
+def checked_int(name: str, value: int, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if not low <= value <= high:
@@ -306,7 +325,7 @@ def _checked_doc_id(doc_id: str | int) -> str | int:
 
 
 def _checked_tokens(tokens, first: int, rows: int) -> np.ndarray | None:
-    first = _checked_int("first", first, 0, 2**31 - 1)
+    first = checked_int("first", first, 0, 2**31 - 1)
     if tokens is None:
         return None
     tokens = torch.as_tensor(tokens)
