@@ -256,7 +256,7 @@ def test_a_model_that_gives_nan_is_named(tiny, tmp_path, capsys):
     broken.save_pretrained(tmp_path / "broken")
     np.save(tmp_path / "tokens.npy", np.array([[3, 1]]))
     assert capture(tiny, str(tmp_path / "tokens.npy"), tmp_path / "out", model=str(tmp_path / "broken")) == 1
-    assert "NaN" in (said := capsys.readouterr().err) or "nan" in said
+    assert "document 'tokens.npy[0]': TeacherTopK: a log-prob is NaN at token 0" in capsys.readouterr().err
 
 
 def test_documents_are_counted_as_they_are_read(data):
@@ -292,10 +292,26 @@ def test_store_commands(tiny, data, tmp_path, capsys):
     capsys.readouterr()
     assert main(["store", "info", str(first), str(second)]) == 0
     said = capsys.readouterr().out
-    for words in ("documents      4", "documents      2", f"top {K} of {V} at temperature 1", tiny.folder, "bytes, ", "a token", "float32"):
+    for words in ("documents      4", "documents      2", f"4, top {K} of {V} at temperature 1", tiny.folder, "bytes, without token ids", "float32"):
         assert words in said
+    with dk.store.TopKReader(first) as reader:
+        rows = reader.tokens
+    assert f"teacher rows   {rows}, top" in said and f"token ids      {rows}\n" in said
+    files = sum(path.stat().st_size for path in first.iterdir() if path.name != "writer.lock")
+    assert f"size           {files:,} bytes in 1 shards" in said
     assert main(["store", "verify", str(first), str(second)]) == 0
-    assert f"{second}: sound, 2 documents, 4 tokens" in capsys.readouterr().out
+    assert f"{second}: sound, 2 documents, 4 rows" in capsys.readouterr().out
+
+    merged = tmp_path / "merged"
+    assert main(["store", "merge", str(first), str(second), "--out", str(merged)]) == 0
+    assert "documents      6" in capsys.readouterr().out
+    with dk.store.TopKReader(merged) as whole:
+        for part in (first, second):
+            with dk.store.TopKReader(part) as reader:
+                for name in reader:
+                    assert torch.equal(whole[name].logprobs, reader[name].logprobs) and torch.equal(whole[name].ids, reader[name].ids)
+    assert main(["store", "merge", str(first), str(first), "--out", str(tmp_path / "twice")]) == 1
+    assert "distinct documents" in capsys.readouterr().err
 
     (shard,) = second.glob("shard-*")
     raw = bytearray(shard.read_bytes())

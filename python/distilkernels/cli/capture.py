@@ -27,7 +27,6 @@ from ..store import TopKWriter
 from ..teacher import TeacherTopK
 from .batches import Tokens, bucketed, encoded, padded, windows
 from .documents import Document, Documents
-from .stores import size_on_disk
 
 
 class Teacher(NamedTuple):
@@ -190,3 +189,8 @@ class Run:
         size, tokens = size_on_disk(self.writer.path), self.writer.tokens
         each = f", {size / tokens:.1f} bytes a token" if tokens else ""
         return "; ".join(parts) + f"\n{self.writer.path} holds {len(self.writer.docs):,} documents, {tokens:,} tokens, {size / 1e9:.3f} GB{each}"
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file())

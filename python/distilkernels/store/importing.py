@@ -55,17 +55,18 @@ def import_logprobs(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f'on_error must be "raise" or "skip"; got {on_error!r}')
+    items = _items(source)
     if isinstance(out, TopKWriter):
         given = [name for name, value in {"k": k, "vocab_size": vocab_size, **options}.items() if value is not None]
         if given or temperature not in (1.0, out.manifest.temperature):
             raise ValueError(f"{', '.join(given) or 'temperature'}: the writer has its own; leave it out")
-        return _import(_items(source), out, tokenizer, token_form, on_error, progress)
+        return _import(items, out, tokenizer, token_form, on_error, progress)
     if vocab_size is None and tokenizer is not None:
         vocab_size = max(tokenizer.get_vocab().values()) + 1
     if k is None or vocab_size is None:
         raise ValueError("k and vocab_size must be given for a path (vocab_size may come from the tokenizer)")
     with TopKWriter(out, k, vocab_size, temperature=temperature, mode="resume", **options) as writer:
-        return _import(_items(source), writer, tokenizer, token_form, on_error, progress)
+        return _import(items, writer, tokenizer, token_form, on_error, progress)
 
 
 class _Item(NamedTuple):
