@@ -259,6 +259,13 @@ def test_a_model_that_gives_nan_is_named(tiny, tmp_path, capsys):
     assert "document 'tokens.npy[0]': TeacherTopK: a log-prob is NaN at token 0" in capsys.readouterr().err
 
 
+def test_a_missing_package_is_named(tiny, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "distilkernels.cli.capture", raising=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert capture(tiny, data, tmp_path / "out") == 1
+    assert "this command needs tqdm: pip install 'distilkernels[capture]'" in capsys.readouterr().err
+
+
 def test_documents_are_counted_as_they_are_read(data):
     documents = Documents([data.folder])
     names = [document.id for document in documents]

@@ -151,6 +151,23 @@ def test_strings_of_a_sentencepiece_vocabulary(sentencepiece):
     assert strings.id_of("é", "é".encode()) == find("é") and strings.id_of("\\xc3", b"\xc3") == find("<0xC3>")
 
 
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+def test_never_a_wrong_id(name, request):
+    """Whatever a server calls a token, by text, by piece or by its bytes, the answer is that token or none."""
+    tokenizer = request.getfixturevalue(name)
+    strings, text, piece = (TokenStrings(tokenizer, form) for form in (None, "text", "piece"))
+    found = {"text": 0, "piece": 0}
+    for own, i in tokenizer.get_vocab().items():
+        decoded = tokenizer.decode([i], skip_special_tokens=False)
+        for answer in (strings.id_of(decoded), strings.id_of(own), text.id_of(decoded), text.id_of(decoded, decoded.encode())):
+            assert answer in (i, None)
+        assert piece.id_of(own) == i
+        found["text"] += text.id_of(decoded) == i
+        found["piece"] += strings.id_of(own) == i
+    # most have a name: not all answers are None
+    assert min(found.values()) > 90
+
+
 def test_transformers_tokenizers_give_the_same(byte_level):
     transformers = pytest.importorskip("transformers")
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level)

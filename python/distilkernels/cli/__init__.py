@@ -25,6 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return options.run(options)
+    except ModuleNotFoundError as error:
+        if error.name not in ("transformers", "safetensors", "tqdm"):
+            raise
+        print(f"error: this command needs {error.name}: pip install 'distilkernels[capture]'", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,16 +20,16 @@ class Tokens(NamedTuple):
     tokens: np.ndarray
 
 
-def encoded(documents: list[Document], tokenize: Callable[[list[str]], list[list[int]]], vocab_size: int) -> list[Tokens]:
+def encoded(documents: list[Document], tokenize: Callable[[list[str]], list[list[int]]], num_inputs: int) -> list[Tokens]:
     """Token ids of each document; ValueError for an id that the model does not have, naming the document's place."""
     texts = [d.content for d in documents if isinstance(d.content, str)]
     ids = iter(tokenize(texts) if texts else [])
     out = []
     for document in documents:
         tokens = np.array(next(ids), dtype=np.int64) if isinstance(document.content, str) else document.content
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-            bad = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
-            raise ValueError(f"{document.place}: token {bad} is {tokens[bad]}; the model has ids below {vocab_size}")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < num_inputs:
+            bad = int(np.flatnonzero((tokens < 0) | (tokens >= num_inputs))[0])
+            raise ValueError(f"{document.place}: token {bad} is {tokens[bad]}; the model has ids below {num_inputs}")
         out.append(Tokens(document.id, tokens))
     return out
 

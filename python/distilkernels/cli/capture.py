@@ -41,6 +41,11 @@ class Teacher(NamedTuple):
         """Rows of the lm_head, which may be more than the tokenizer's entries."""
         return self.model.get_output_embeddings().weight.shape[0]
 
+    @property
+    def num_inputs(self) -> int:
+        """Ids that the model takes."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer is None:
             raise ValueError("the data holds texts, and the model comes without a tokenizer: name one with --tokenizer")
@@ -59,7 +64,7 @@ def capture(options: SimpleNamespace) -> int:
         "captured_with": f"distilkernels {__version__}, transformers {transformers.__version__}",
     }
     with interruptible() as interrupted, TopKWriter(
-        options.out, options.k, teacher.vocab_size, temperature=options.temperature, teacher=options.model,
+        options.out, options.k, teacher.vocab_size, temperature=options.temperature, teacher=str(Path(options.model)),
         tokenizer_hash=tokenizer_hash(teacher.tokenizer), metadata=metadata, mode="overwrite" if options.overwrite else "resume", **flush,
     ) as writer:  # fmt: skip
         for name in ("dtype", "max_length"):
@@ -149,7 +154,7 @@ class Run:
 
     def _encoded(self, documents: list[Document]) -> list[Tokens]:
         limit = self.teacher.max_length
-        found = encoded(documents, self.teacher.tokenize, self.teacher.vocab_size)
+        found = encoded(documents, self.teacher.tokenize, self.teacher.num_inputs)
         self.cut += sum(max(0, len(d.tokens) - limit) for d in found) if limit else 0
         return [Tokens(d.id, d.tokens[:limit]) for d in found]
 

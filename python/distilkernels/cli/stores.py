@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from .. import store
 from ..errors import StoreError
 
@@ -69,6 +67,8 @@ def merge(paths: Sequence[str], out: str) -> int:
 @contextmanager
 def _bar(stage: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar as the function progress(done, total)."""
+    from tqdm import tqdm
+
     with tqdm(unit=unit, desc=stage, dynamic_ncols=True, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
