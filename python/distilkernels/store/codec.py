@@ -152,4 +152,4 @@ def _digits(numbers: np.ndarray, layout: RowLayout) -> np.ndarray:
     digits = np.empty((*numbers.shape, layout.group), np.uint64)
     for i in range(layout.group):
         numbers, digits[:, :, i] = np.divmod(numbers, np.uint64(layout.base))
-    return digits.reshape(len(numbers), -1)[:, : layout.k]
+    return digits.reshape(len(numbers), numbers.shape[1] * layout.group)[:, : layout.k]

@@ -59,9 +59,12 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Raises StoreError where there is none, or it is damaged or of a newer format."""
         path = folder / NAME
-        if not path.is_file():
-            raise StoreError("there is no store here: the manifest is missing", path)
-        text = path.read_bytes()
+        try:
+            text = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as reason:
+            raise StoreError("there is no store here: the manifest is missing", path) from reason
+        except OSError as reason:
+            raise StoreError(f"the manifest cannot be read: {reason.strerror}", path) from reason
         try:
             body = json.loads(text.decode())
         except (UnicodeDecodeError, json.JSONDecodeError) as reason:

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..errors import StoreError
 from ..teacher import TeacherTopK
 from .manifest import TEMPORARY, Manifest
-from .shard import HAS_TAIL, HAS_TOKENS, ROWS, TOKENS, Content, Shard
-from .writer import num_shards
+from .shard import HAS_TAIL, HAS_TOKENS, ROWS, TOKENS, Content, Shard, num_shards
 
 # Maps held open at once; Linux allows a process 65,530.
 _MAPPED = 16_384
@@ -49,7 +48,7 @@ class TopKReader:
         self._extend(num_shards(self.path, self.manifest) if shards is None else shards)
 
     def _extend(self, shards: int) -> None:
-        tables = [self._index]
+        tables, docs, place = [self._index], [], {}
         for index in range(self._shards, shards):
             shard = self._shard(index)
             documents = shard.documents
@@ -60,11 +59,13 @@ class TopKReader:
             table[:, 3:] = documents
             tables.append(table)
             for doc_id in shard.doc_ids:
-                if doc_id in self._place:
+                if doc_id in self._place or doc_id in place:
                     raise StoreError(f"document {doc_id!r} is in the store twice", shard.path)
-                self._place[doc_id] = len(self._docs)
-                self._docs.append(doc_id)
+                place[doc_id] = len(self._docs) + len(docs)
+                docs.append(doc_id)
         self._index = np.concatenate(tables)
+        self._docs += docs
+        self._place |= place
         self._shards = max(shards, self._shards)
 
     def _shard(self, index: int) -> Shard:

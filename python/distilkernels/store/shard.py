@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ BLOCK_TOKENS = 8192
 ROWS, TOKENS, FIRST, FLAGS = range(4)
 HAS_TAIL, HAS_TOKENS = 1, 2
 
+_NAME = re.compile(r"shard-(\d{8,})\.safetensors")
 _CHECKSUM = "checksum"
 _TABLES = {
     "documents": "I64", "block.step": "F64", "block.hi": "F32", "block.max_code": "U32", "block.rows": "U32", "block.crc32": "U32",
@@ -39,6 +41,17 @@ _DTYPES = {"I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "U8": "u1"}
 
 def shard_name(index: int) -> str:
     return f"shard-{index:08d}.safetensors"
+
+
+def num_shards(folder: Path, manifest: Manifest) -> int:
+    """Shards published. StoreError where one is missing that must be there: a later one is, or the manifest counts it."""
+    found = {int(match[1]) for match in map(_NAME.fullmatch, os.listdir(folder)) if match}
+    count = max([manifest.shards, *(number + 1 for number in found)])
+    for index in range(count):
+        # a listing made while a writer renames may lack a name that is there
+        if index not in found and not (folder / shard_name(index)).is_file():
+            raise StoreError(f"the shard is missing; there must be at least {count}", folder / shard_name(index))
+    return count
 
 
 @dataclass

@@ -21,7 +21,7 @@ from .codec import block_scale, encode, largest_logprob
 from .lock import NAME as LOCK_NAME
 from .lock import WriterLock
 from .manifest import TEMPORARY, Manifest, sync_folder
-from .shard import BLOCK_ROWS, Block, Content, Shard, shard_name, token_blocks, write_shard
+from .shard import BLOCK_ROWS, Block, Content, Shard, num_shards, shard_name, token_blocks, write_shard
 
 _MODES = ("create", "resume", "overwrite")
 
@@ -152,6 +152,7 @@ class TopKWriter:
         if doc_id in self._written:
             raise ValueError(f"doc_id must be new; the store already holds {doc_id!r}")
         rows = self._checked_rows(teacher)
+        first = checked_int("first", first, 0, 2**31 - 1)
         token_ids = _checked_tokens(tokens, first, len(teacher))
         flags = shards.HAS_TAIL * (teacher.tail_logprob is not None) + shards.HAS_TOKENS * (token_ids is not None)
         self._documents.append((len(teacher), 0 if token_ids is None else len(token_ids), first, flags))
@@ -187,7 +188,6 @@ class TopKWriter:
         """Publishes documents that are encoded already, from a store of the same properties, as one file. See :func:`merge`."""
         self.flush()
         self._publish(content)
-        self._written.update(content.doc_ids)
 
     def _publish(self, content: Content) -> None:
         path = self.path / shard_name(self._shards)
@@ -197,6 +197,7 @@ class TopKWriter:
             message = f"cannot be written: {reason.strerror}; {len(content.doc_ids)} documents wait in memory, those flushed before are safe"
             raise StoreError(message, path, getattr(reason, "written", None)) from reason
         self._shards += 1
+        self._written.update(content.doc_ids)
         self._tokens += int(content.documents[:, shards.ROWS].sum())
         self._doc_ids, self._documents, self._rows, self._token_ids, self._buffered = [], [], [], [], 0
         try:
@@ -211,6 +212,7 @@ class TopKWriter:
         """
         if self._lock is None:
             return
+        self._check_open()
         try:
             if flush:
                 self.flush()
@@ -270,17 +272,6 @@ class TopKWriter:
         return ids, logprobs, tail
 
 
-def num_shards(folder: Path, manifest: Manifest) -> int:
-    """Shards published, counted up to the first gap; StoreError where one that must be there is missing."""
-    numbers_found = sorted(int(n[6:14]) for n in os.listdir(folder) if n.startswith("shard-") and n.endswith(".safetensors"))
-    for index, number in enumerate(numbers_found):
-        if index != number:
-            raise StoreError("the shard is missing: there are later ones", folder / shard_name(index))
-    if len(numbers_found) < manifest.shards:
-        raise StoreError(f"the shard is missing: the manifest counts {manifest.shards}", folder / shard_name(len(numbers_found)))
-    return len(numbers_found)
-
-
 def _suspicious(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, with_tail: bool) -> bool:
     """A quick look that misses nothing :meth:`TeacherTopK.validate` refuses (NaN, repeated ids, too much mass)."""
     ordered = np.sort(ids, axis=1)
@@ -325,7 +316,6 @@ def _checked_doc_id(doc_id: str | int) -> str | int:
 
 
 def _checked_tokens(tokens, first: int, rows: int) -> np.ndarray | None:
-    first = checked_int("first", first, 0, 2**31 - 1)
     if tokens is None:
         return None
     tokens = torch.as_tensor(tokens)
