@@ -135,9 +135,9 @@ class TopKReader:
 
         Returns:
             TeacherTopK: int32 ids [T, K] as stored; float32 logprobs within the store's max_logprob_error of what was
-            appended, −inf where they were; float32 tail_logprob [T], or None where none was appended. Slots are in the
-            teacher's descending order of log-prob, which the decoded values follow; of slots that decode to one value the
-            earlier was the more probable or the lower id. Empty slots, −1, are last.
+            appended, −inf where they were; float32 tail_logprob [T], or None where none was appended. Slots are in the order
+            of the appended log-probs, which the decoded ones follow: among slots that decode to one value the earlier was
+            the more probable. Empty slots, −1, are last.
 
         Raises:
             KeyError: no such document. StoreError: damaged bytes.

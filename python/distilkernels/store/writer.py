@@ -134,7 +134,7 @@ class TopKWriter:
     def append(self, teacher: TeacherTopK, doc_id: str | int, *, tokens: Tensor | Sequence[int] | None = None, first: int = 0) -> None:
         """Adds a document; flushes where `flush_tokens` rows are waiting.
 
-        Rows keep the teacher's slots in descending order of log-prob, equal ones by ascending id, empty slots last.
+        Slots are kept in descending order of log-prob, equal ones in the order given, empty slots last: a capture's order.
 
         Args:
             teacher: [T, K'] with K' ≤ k, on any device; T may be 0. Without a tail_logprob none comes back.
@@ -266,7 +266,7 @@ class TopKWriter:
                 f"teacher: a log-prob at token {token} is {logprobs[token][beyond[token]][0]}, beyond the {-limit:.0f} nats that float32 holds to "
                 f"max_logprob_error={self.manifest.max_logprob_error}; masked ids have −inf"
             )
-        order = None if _ordered(ids, logprobs) else np.lexsort((ids, ids < 0, -logprobs), axis=1)
+        order = None if _ordered(ids, logprobs) else np.lexsort((ids < 0, -logprobs), axis=1)
         if order is not None:
             ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
         return ids, logprobs, tail
@@ -281,10 +281,8 @@ def _suspicious(ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, with_ta
 
 
 def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> bool:
-    left, right = logprobs[:, :-1], logprobs[:, 1:]
-    # as unsigned numbers empty slots, −1, are the largest id
-    tie = (left == right) & (ids[:, :-1].view(np.uint32) > ids[:, 1:].view(np.uint32))
-    return not ((left < right) | tie).any()
+    empty = ids < 0
+    return not ((logprobs[:, :-1] < logprobs[:, 1:]) | (empty[:, :-1] & ~empty[:, 1:])).any()
 
 
 def checked_int(name: str, value: int, low: int, high: int) -> int:
