@@ -120,16 +120,16 @@ def joined(top, total, other_top, other_total):
 @triton.jit
 def _tiles_kernel(
     logits, records,
-    columns, inner_rows, stride_o, stride_i, n_spans, n_tiles, scale, cap, inv_t, tau,
+    columns, inner_rows, stride_o, stride_i, n_spans, n_tiles, field, scale, cap, inv_t, tau,
     HEAD: tl.constexpr, ORDER: tl.constexpr, TAU: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """records [N, fields, n_tiles]: of each tile the first entry as in_order makes it, Σ e^(z−m) and with TAU Σ e^(τ(z−m)),
+    """records [N, fields, field ≥ n_tiles]: of each tile the first entry as in_order makes it, Σ e^(z−m) and with TAU Σ e^(τ(z−m)),
     m its z. Program = (row, span)."""
     program = tl.program_id(0)
     span = program % n_spans
     row = program // n_spans
     line = logits + row_offset(row, inner_rows, stride_o, stride_i)
-    records += row.to(tl.int64) * (3 if TAU else 2) * n_tiles
+    records += row.to(tl.int64) * (3 if TAU else 2) * field
     lanes = tl.arange(0, ROWS)[:, None] * TILE + tl.arange(0, TILE)[None, :]
     start = span * SPAN
     for base in range(start, tl.minimum(start + SPAN, columns), ROWS * TILE):
@@ -140,9 +140,9 @@ def _tiles_kernel(
         d = shifted(x, inside, m[:, None], scale, cap, inv_t, HEAD, ORDER)
         tile = base // TILE + tl.arange(0, ROWS)
         tl.store(records + tile, first, mask=tile < n_tiles)
-        tl.store(records + n_tiles + tile, tl.sum(exp(d), 1), mask=tile < n_tiles)
+        tl.store(records + field + tile, tl.sum(exp(d), 1), mask=tile < n_tiles)
         if TAU:
-            tl.store(records + 2 * n_tiles + tile, tl.sum(exp(tau * d), 1), mask=tile < n_tiles)
+            tl.store(records + 2 * field + tile, tl.sum(exp(tau * d), 1), mask=tile < n_tiles)
 
 
 def row_arguments(logits: Tensor, head: Head) -> dict[str, object]:
@@ -155,14 +155,19 @@ def row_arguments(logits: Tensor, head: Head) -> dict[str, object]:
     return heads | {"logits": logits, "inner_rows": logits.shape[1], "stride_o": stride_o, "stride_i": stride_i, "ORDER": order}
 
 
-def tiles_launch(logits: Tensor, head: Head, tile: int, tau: float | None = None, config: Config = CONFIG) -> tuple[Tensor, Launch]:
-    """(records [N, 2 or 3, tiles] float32, the launch that writes them); `tau` asks for the third field."""
+def aligned(logits: Tensor) -> bool:
+    """Whether the compiler may load 16 bytes at a time: it knows of addresses and strides if they are multiples of 16."""
+    return logits.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in row_strides(logits))
+
+
+def tiles_launch(logits: Tensor, head: Head, tile: int, tau: float | None = None, config: Config = CONFIG) -> tuple[dict[str, object], Launch]:
+    """The arguments by which other kernels know the tiles, and the launch that fills their ``records``; `tau` asks for a third field."""
     n, columns, itemsize = logits.shape[0] * logits.shape[1], head.columns(logits.shape[2]), logits.element_size()
     rows, span = max(config.step_bytes // itemsize // tile, 1), config.span_bytes // itemsize
     n_tiles, n_spans = triton.cdiv(columns, tile), triton.cdiv(columns, span)
-    records = torch.empty((n, 2 if tau is None else 3, n_tiles), dtype=torch.float32, device=logits.device)
-    arguments = row_arguments(logits, head) | {
-        "records": records, "n_spans": n_spans, "n_tiles": n_tiles, "tau": 1.0 if tau is None else tau, "TAU": tau is not None,
-        "TILE": tile, "ROWS": rows, "SPAN": max(span, rows * tile),
-    }  # fmt: skip
-    return records, Launch(_tiles_kernel, n * n_spans, arguments, config.num_warps)
+    # whole vectors, so that fields are read 16 bytes at a time
+    field = triton.cdiv(n_tiles, 16) * 16
+    records = torch.empty((n, 2 if tau is None else 3, field), dtype=torch.float32, device=logits.device)
+    shared = row_arguments(logits, head) | {"records": records, "n_tiles": n_tiles, "field": field, "TILE": tile}
+    sizes = {"n_spans": n_spans, "tau": 1.0 if tau is None else tau, "TAU": tau is not None, "ROWS": rows, "SPAN": max(span, rows * tile)}
+    return shared, Launch(_tiles_kernel, n * n_spans, shared | sizes, config.num_warps)

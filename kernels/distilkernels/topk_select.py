@@ -23,19 +23,22 @@ from ..primitives.head import Head
 from ..primitives.topk_select import TopK
 from . import tiles
 from .head import Launch, exp, on_device_of, row_offset
-from .tiles import fall_to, finite_or_0, in_order, joined, loaded, mass, row_arguments, shifted, tiles_launch, z_of
+from .tiles import aligned, fall_to, finite_or_0, in_order, joined, loaded, mass, shifted, tiles_launch, z_of
 from .vocab_stats import _INF, _NAN, _z
 
 # the low bits that are zero in every float32 made of a 16-bit number (or follow from its sign): a threshold is found without them
-_EMPTY_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 12}
+_EMPTY_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 @dataclass(frozen=True)
 class Config:
     """Launch configuration of _select_kernel."""
 
-    # reread logits (or records) a thread: 32 packed registers in 16 bits, as many again for their exponentials
-    per_warp: int = 2048
+    # keys a warp, 16 a thread: a round of the bisection is then as long as its reduction
+    keys: int = 512
+    # a step through the chosen tiles, as long as a step of the pass; rows at odd addresses need an address for each logit
+    step: int = 1024
+    odd_step: int = 256
     most_warps: int = 16
 
 
@@ -57,21 +60,24 @@ def _order_of(keys):
 
 
 @triton.jit
-def _first_k(keys, k, BITS: tl.constexpr):
-    """(chosen, place): the k largest of at least k keys below 2^BITS, equal ones from the left; the chosen's places from the left.
-
-    The k-th largest key, two bits a round: three counts in one reduction.
+def _first_k(order, live, k, EMPTY: tl.constexpr):
+    """(chosen, place): the k largest of at least k numbers, equal ones from the left, what is not live last; the places of the
+    chosen, counted from the left. Their k-th largest by bisection, at most 32 − EMPTY rounds; fewer where k are apart sooner.
     """
-    floor = tl.zeros([], tl.uint32)
-    for round in range(0, BITS // 2):
-        step = tl.full([], 1, tl.uint32) << (BITS - 2 - 2 * round)
-        second = (keys >= floor + 2 * step).to(tl.int64) << 21
-        third = (keys >= floor + 3 * step).to(tl.int64) << 42
-        counts = tl.sum((keys >= floor + step).to(tl.int64) + second + third, 0)
-        digit = ((counts & 0x1FFFFF) >= k).to(tl.uint32) + (((counts >> 21) & 0x1FFFFF) >= k).to(tl.uint32) + ((counts >> 42) >= k).to(tl.uint32)
-        floor += digit * step
-    above = keys > floor
-    equal = keys == floor
+    keys = tl.maximum(_keys(order) >> EMPTY, 1)
+    low = tl.min(tl.where(live, keys, 0xFFFFFFFF), 0) - 1
+    keys = tl.where(live, keys, low)
+    high = tl.max(keys, 0)
+    count = tl.full([], keys.shape[0], tl.int32)
+    while (low < high) & (count != k):
+        middle = high - (high - low) // 2
+        above = tl.sum((keys >= middle).to(tl.int32), 0)
+        enough = above >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+        count = tl.where(enough, above, count)
+    above = keys > low
+    equal = keys == low
     missing = k - tl.sum(above.to(tl.int32), 0)
     # two scans in one: there are at most 2^15 keys
     ranks = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
@@ -107,84 +113,104 @@ def _descending(x, LOG: tl.constexpr):
 
 
 @triton.jit
+def _start(piece, ids, k, n_tiles, TILE: tl.constexpr, PIECE: tl.constexpr, PICK_TILES: tl.constexpr):
+    """First column of pieces of the chosen tiles; beyond the row for pieces of no tile."""
+    tile = piece // (TILE // PIECE)
+    if PICK_TILES:
+        tile = tl.load(ids + tile, mask=tile < k, other=n_tiles)
+    return tl.multiple_of(tile * TILE + piece % (TILE // PIECE) * PIECE, PIECE)
+
+
+@triton.jit
+def _cut(line, ids, pieces, columns, k, n_tiles, scale, cap, inv_t, HEAD: tl.constexpr, ORDER: tl.constexpr,
+         TILE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr, CHUNK: tl.constexpr, PICK_TILES: tl.constexpr):  # fmt: skip
+    """`pieces` [2, PIECES]: first entry and Σ e^(z−m) of every piece of the chosen tiles, as _tiles_kernel has them."""
+    for base in range(0, PIECES, CHUNK):
+        piece = base + tl.arange(0, CHUNK)
+        start = _start(piece, ids, k, n_tiles, TILE, PIECE, PICK_TILES)
+        x, inside = loaded(line, start[:, None] + tl.arange(0, PIECE)[None, :], columns, ORDER)
+        first = tl.max(in_order(x, inside, ORDER), 1)
+        m = finite_or_0(z_of(first, scale, cap, inv_t, HEAD, ORDER))
+        d = shifted(x, inside, m[:, None], scale, cap, inv_t, HEAD, ORDER)
+        tl.store(pieces + piece, first)
+        tl.store(pieces + PIECES + piece, tl.sum(exp(d), 1))
+
+
+@triton.jit
+def _kept(fields, stride, live, at, index, ids, k, scale, cap, inv_t, HEAD: tl.constexpr, ORDER: tl.constexpr, EMPTY: tl.constexpr):
+    """Writes to `ids` the `index` of the k that come first and returns the mass of the others; `fields` [2, stride] as in _cut."""
+    chosen, place = _first_k(tl.load(fields + at, mask=live, other=-_INF), live, k, EMPTY)
+    tl.store(ids + place, index, mask=chosen)
+    # loaded again: the bisection and the scan need the registers
+    rest = live & ~chosen
+    z = z_of(tl.load(fields + at, mask=rest, other=-_INF), scale, cap, inv_t, HEAD, ORDER)
+    return mass(tl.where(rest, z, -_INF), tl.load(fields + stride + at, mask=rest, other=0.0))
+
+
+@triton.jit
 def _select_kernel(
-    logits, records, values, ids, lse, tail_lse,
-    columns, inner_rows, stride_o, stride_i, n_tiles, k, scale, cap, inv_t,
-    HEAD: tl.constexpr, ORDER: tl.constexpr, EMPTY: tl.constexpr, RECORDS: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    PIECE: tl.constexpr, SLOTS: tl.constexpr, PICK_TILES: tl.constexpr, PICK_PIECES: tl.constexpr, LOG_K: tl.constexpr,
+    logits, records, pieces, values, ids, lse, tail_lse,
+    columns, inner_rows, stride_o, stride_i, n_tiles, field, k, scale, cap, inv_t,
+    HEAD: tl.constexpr, ORDER: tl.constexpr, EMPTY: tl.constexpr, RECORDS: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr,
+    PIECES: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, PICK_TILES: tl.constexpr, PICK_PIECES: tl.constexpr, LOG_K: tl.constexpr,
 ):  # fmt: skip
-    """The row's first k entries. `ids` and `values` hold what is chosen on the way, so stores and loads of them are kept
-    apart by barriers."""
+    """The row's first k entries. `ids` holds what is chosen on the way: a barrier stands between a store and the loads of other
+    threads, and between those and the next store."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row_offset(row, inner_rows, stride_o, stride_i)
-    records += row * 2 * n_tiles
+    records += row * 2 * field
+    pieces += row * 2 * PIECES
     ids += row * k
     values += row * k
-    BITS: tl.constexpr = 32 - EMPTY
-    EACH: tl.constexpr = TILE // PIECE
 
+    # columns ascend on every level, so that of equal keys those from the left are taken
     tail_top, tail_sum = tl.full([], -_INF, tl.float32), tl.zeros([], tl.float64)
     if PICK_TILES:
         tile = tl.arange(0, RECORDS)
-        live = tile < n_tiles
-        first = tl.load(records + tile, mask=live, other=-_INF)
-        chosen, place = _first_k(tl.where(live, _keys(first) >> EMPTY, 0), k, BITS)
-        tl.store(ids + place, tile, mask=chosen)
-        rest = live & ~chosen
-        sums = tl.load(records + n_tiles + tile, mask=rest, other=0.0)
-        tail_top, tail_sum = mass(tl.where(rest, z_of(first, scale, cap, inv_t, HEAD, ORDER), -_INF), sums)
+        tail_top, tail_sum = _kept(records, field, tile < n_tiles, tile, tile, ids, k, scale, cap, inv_t, HEAD, ORDER, EMPTY)
         tl.debug_barrier()
 
-    # columns ascend on every level, so that of equal keys those from the left are taken
     entry = tl.arange(0, SLOTS * PIECE)
     column = entry
     if PICK_PIECES:
-        piece = tl.arange(0, TILES * EACH)
-        tile = piece // EACH
-        if PICK_TILES:
-            tile = tl.load(ids + tile, mask=tile < k, other=n_tiles)
-        start = tl.multiple_of(tile * TILE + piece % EACH * PIECE, PIECE)
-        x, inside = loaded(line, start[:, None] + tl.arange(0, PIECE)[None, :], columns, ORDER)
-        first = tl.max(in_order(x, inside, ORDER), 1)
-        z = z_of(first, scale, cap, inv_t, HEAD, ORDER)
-        sums = tl.sum(exp(shifted(x, inside, finite_or_0(z)[:, None], scale, cap, inv_t, HEAD, ORDER)), 1)
-        chosen, place = _first_k(tl.where(start < columns, _keys(first) >> EMPTY, 0), k, BITS)
-        top, total = mass(tl.where(chosen, -_INF, z), tl.where(chosen, 0.0, sums))
-        tail_top, tail_sum = joined(tail_top, tail_sum, top, total)
+        _cut(line, ids, pieces, columns, k, n_tiles, scale, cap, inv_t, HEAD, ORDER, TILE, PIECE, PIECES, CHUNK, PICK_TILES)
+        piece = tl.arange(0, PIECES)
+        start = _start(piece, ids, k, n_tiles, TILE, PIECE, PICK_TILES)
         tl.debug_barrier()
-        tl.store(ids + place, start, mask=chosen)
+        top, total = _kept(pieces, PIECES, start < columns, piece, start, ids, k, scale, cap, inv_t, HEAD, ORDER, EMPTY)
+        tail_top, tail_sum = joined(tail_top, tail_sum, top, total)
         tl.debug_barrier()
         column = tl.load(ids + entry // PIECE, mask=entry // PIECE < k, other=columns) + entry % PIECE
 
-    x, inside = loaded(line, column, columns, ORDER)
-    order = in_order(x, inside, ORDER)
-    chosen, place = _first_k(tl.where(inside, _keys(order) >> EMPTY, 0), k, BITS)
-    z = tl.where(inside & ~chosen, _z(x, scale, cap, inv_t, HEAD), -_INF)
-    top, total = mass(z, exp(z - finite_or_0(z)))
-    tail_top, tail_sum = joined(tail_top, tail_sum, top, total)
-    nan = tl.max((inside & (x != x)).to(tl.int32), 0) > 0
+    inside = column < columns
+    x, _ = loaded(line, column, columns, ORDER)
+    chosen, place = _first_k(in_order(x, inside, ORDER), inside, k, EMPTY)
     tl.debug_barrier()
     tl.store(ids + place, column, mask=chosen)
-    tl.store(values + place, order, mask=chosen)
     tl.debug_barrier()
+    x, rest = loaded(line, tl.where(chosen, columns, column), columns, ORDER)
+    z = shifted(x, rest, 0.0, scale, cap, inv_t, HEAD, ORDER)
+    top, total = mass(z, exp(z - finite_or_0(z)))
+    tail_top, tail_sum = joined(tail_top, tail_sum, top, total)
 
-    # sorted by (key, then lower column first)
     slot = tl.arange(0, 2**LOG_K)
-    taken = slot < k
-    column = tl.load(ids + slot, mask=taken, other=0)
-    keys = tl.where(taken, _keys(tl.load(values + slot, mask=taken, other=0.0)), 0)
-    packed = _descending((keys.to(tl.int64) << 31) | (0x7FFFFFFF - column).to(tl.int64), LOG_K)
-    column = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
-    z = z_of(_order_of((packed >> 31).to(tl.uint32)), scale, cap, inv_t, HEAD, ORDER)
-    z = tl.where(taken, z, -_INF)
+    column = tl.load(ids + slot, mask=slot < k, other=columns)
+    x, taken = loaded(line, column, columns, ORDER)
+    z = shifted(x, taken, 0.0, scale, cap, inv_t, HEAD, ORDER)
     top = tl.max(z, 0)
     total = tl.sum(exp(z - finite_or_0(z)).to(tl.float64) * tl.exp(fall_to(z, top).to(tl.float64)), 0)
     top, total = joined(tail_top, tail_sum, top, total)
 
-    bad = nan | (total != total)
+    # by key, then the lower column first
+    keys = tl.where(taken, _keys(in_order(x, taken, ORDER)), 0)
+    packed = _descending((keys.to(tl.int64) << 31) | (0x7FFFFFFF - column).to(tl.int64), LOG_K)
+    column = 0x7FFFFFFF - (packed & 0x7FFFFFFF).to(tl.int32)
+    z = z_of(_order_of((packed >> 31).to(tl.uint32)), scale, cap, inv_t, HEAD, ORDER)
+
+    bad = total != total
     tl.debug_barrier()
-    tl.store(ids + slot, tl.where(bad, slot, column), mask=taken)
-    tl.store(values + slot, tl.where(bad, _NAN, z), mask=taken)
+    tl.store(ids + slot, tl.where(bad, slot, column), mask=slot < k)
+    tl.store(values + slot, tl.where(bad, _NAN, z), mask=slot < k)
     tl.store(lse + row, tl.where(bad, _NAN, finite_or_0(top) + tl.log(total)))
     tl.store(tail_lse + row, tl.where(bad, _NAN, finite_or_0(tail_top) + tl.log(tail_sum)))
 
@@ -193,22 +219,23 @@ def launches(logits: Tensor, head: Head, out: TopK, tiles_config: tiles.Config =
     """The two launches that write `out`; the arguments are those of ``primitives.topk_select.reference``."""
     k, columns, itemsize = out.ids.shape[1], head.columns(logits.shape[2]), logits.element_size()
     tile = tiles_config.tile(columns, k, itemsize)
-    records, first = tiles_launch(logits, head, tile, config=tiles_config)
-    n_tiles = records.shape[2]
+    shared, first = tiles_launch(logits, head, tile, config=tiles_config)
+    n_tiles = shared["n_tiles"]
     # about as many pieces in K tiles as entries in K pieces
     piece = 2 ** ((tile.bit_length()) // 2)
     kept = triton.next_power_of_2(min(k, n_tiles))
-    pick_pieces = kept * (tile // piece) > k
-    sizes = {
-        "RECORDS": triton.next_power_of_2(n_tiles), "TILE": tile, "TILES": kept, "PIECE": piece,
-        "SLOTS": triton.next_power_of_2(k) if pick_pieces else kept * (tile // piece),
-        "PICK_TILES": n_tiles > k, "PICK_PIECES": pick_pieces, "LOG_K": max((k - 1).bit_length(), 1),
-    }  # fmt: skip
-    most = max(sizes["RECORDS"], kept * tile, sizes["SLOTS"] * piece)
-    warps = min(max(most // config.per_warp, 1), config.most_warps)
-    arguments = row_arguments(logits, head) | sizes | {
-        "records": records, "values": out.values, "ids": out.ids, "lse": out.lse, "tail_lse": out.tail_lse,
-        "n_tiles": n_tiles, "k": k, "EMPTY": _EMPTY_BITS[logits.dtype],
+    step = config.step if aligned(logits) else config.odd_step
+    n_pieces = kept * (tile // piece)
+    pick_pieces = n_pieces > k
+    slots = triton.next_power_of_2(k) if pick_pieces else n_pieces
+    records = triton.next_power_of_2(n_tiles)
+    warps = min(max(max(records, n_pieces, slots * piece) // config.keys, 1), config.most_warps)
+    pieces = torch.empty((out.ids.shape[0], 2, n_pieces if pick_pieces else 0), dtype=torch.float32, device=logits.device)
+    arguments = shared | {
+        "pieces": pieces, "values": out.values, "ids": out.ids, "lse": out.lse, "tail_lse": out.tail_lse, "k": k,
+        "EMPTY": _EMPTY_BITS[logits.dtype], "RECORDS": records, "PIECE": piece, "PIECES": n_pieces,
+        "CHUNK": min(max(step * warps // piece, 1), n_pieces), "SLOTS": slots, "PICK_TILES": n_tiles > k,
+        "PICK_PIECES": pick_pieces, "LOG_K": max((k - 1).bit_length(), 1),
     }  # fmt: skip
     return [first, Launch(_select_kernel, out.ids.shape[0], arguments, warps)]
 
