@@ -32,8 +32,8 @@ class Config:
     # a warp's 32 lanes reduce a row of a step without the others; below 32 columns the records outweigh what they save
     narrowest: int = 32
     widest: int = 512
-    # more tiles than this a row do not fit one program's registers
-    most: int = 1 << 15
+    # more tiles than this a row do not fit one program's registers; their ranks are counted in 16 bits
+    most: int = 1 << 14
 
     def tile(self, columns: int, again: int, itemsize: int) -> int:
         """Columns of a tile, of which `again` are read twice: records and reread bytes together are least where they are equal.

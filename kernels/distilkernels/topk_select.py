@@ -1,5 +1,5 @@
-"""``topk_select`` in Triton: one read of the logits, then K tiles of every row again. Two launches, no wait, no loop that
-depends on what a row holds.
+"""``topk_select`` in Triton: one read of the logits, then K tiles of every row again. Two launches and no wait for the device; the
+only loops whose length depends on what a row holds are bisections, of at most 32 rounds.
 
     _tiles_kernel    (tiles.py) row → first entry and sum of each tile: the only read of the whole row;
     _select_kernel   row → K tiles, K pieces of those, K entries of those; sorted; the rest of every level into the tail.
@@ -81,7 +81,7 @@ def _first_k(order, live, k, EMPTY: tl.constexpr):
     above = keys > low
     equal = keys == low
     missing = k - tl.sum(above.to(tl.int32), 0)
-    # two scans in one: there are at most 2^15 keys
+    # two scans in one: there are fewer than 2^15 keys, see Config.most
     ranks = tl.cumsum(above.to(tl.int32) + (equal.to(tl.int32) << 16), 0)
     n_equal = ranks >> 16
     return above | (equal & (n_equal <= missing)), (ranks & 0xFFFF) + tl.minimum(n_equal, missing) - 1
@@ -224,7 +224,7 @@ def launches(logits: Tensor, head: Head, out: TopK, tiles_config: tiles.Config =
     shared, first = tiles_launch(logits, head, tile, config=tiles_config)
     n_tiles = shared["n_tiles"]
     # about as many pieces in K tiles as entries in K pieces
-    piece = 2 ** ((tile.bit_length()) // 2)
+    piece = 2 ** (tile.bit_length() // 2)
     kept = triton.next_power_of_2(min(k, n_tiles))
     step = config.step if aligned(logits) and head.softcap is None else config.short_step
     n_pieces = kept * (tile // piece)
