@@ -28,6 +28,11 @@ PRIMITIVES = (
     "linear_vocab_stats_backward",
     "topk_select",
     "draw_rows",
+    "window_importance",
+    "key_redundancy",
+    "kv_gather",
+    "kv_align",
+    "recurrence_update",
 )
 
 

@@ -6,19 +6,29 @@ from ..primitives.draw_rows import reference as draw_rows
 from ..primitives.gather_dot import reference as gather_dot
 from ..primitives.gather_dot import reference_hidden_grad as gather_dot_hidden_grad
 from ..primitives.gather_dot import reference_weight_grad as gather_dot_weight_grad
+from ..primitives.key_redundancy import reference as key_redundancy
+from ..primitives.kv_align import reference as kv_align
+from ..primitives.kv_gather import reference as kv_gather
+from ..primitives.recurrence_update import reference as recurrence_update
 from ..primitives.topk_select import reference as topk_select
 from ..primitives.vocab_stats import reference as vocab_stats
 from ..primitives.vocab_stats import reference_backward as vocab_stats_backward
+from ..primitives.window_importance import reference as window_importance
 
 __all__ = [
     "draw_rows",
     "gather_dot",
     "gather_dot_hidden_grad",
     "gather_dot_weight_grad",
+    "key_redundancy",
+    "kv_align",
+    "kv_gather",
+    "recurrence_update",
     "topk_select",
     "vocab_stats",
     "vocab_stats_backward",
     "why_not",
+    "window_importance",
 ]
 
 
