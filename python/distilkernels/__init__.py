@@ -41,8 +41,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """``dk.nn``, ``dk.store`` and ``dk.integrations`` are imported when they are first named."""
-    if name in ("integrations", "nn", "store"):
+    """``dk.kv``, ``dk.nn``, ``dk.store`` and ``dk.integrations`` are imported when they are first named."""
+    if name in ("integrations", "kv", "nn", "store"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

@@ -75,7 +75,7 @@ def reference(
     student[i], teacher[i]: one shape [B, H, M, D], which may differ from pair to pair; last stride 1, any other strides;
     dtypes may differ. masks[i]: bool [B, H, M], any strides (0 too), or None for all real. coef float64 [N], sums float64 [N],
     contiguous, on the pairs' device. grads[i]: student[i]'s shape and dtype, contiguous, zeros where masked; None: not wanted.
-    Masked elements may hold anything. float32 arithmetic, float64 where a tensor of the pair is float64.
+    Masked elements may hold anything, and so may a pair of coef 0: its gradient is zeros. float32 arithmetic, float64 where a tensor of the pair is float64.
     """
     for i, (s, t, mask) in enumerate(zip(student, teacher, masks)):
         dtype = torch.float64 if torch.float64 in (s.dtype, t.dtype) else torch.float32
@@ -97,7 +97,7 @@ def reference(
             total, grad = total.sum() / scale, grad / scale
         sums[i] = total
         if grads is not None:
-            grads[i].copy_((grad.double() * coef[i]).masked_fill(~real, 0))
+            grads[i].copy_((grad.double() * coef[i]).masked_fill(~real | (coef[i] == 0), 0))
 
 
 def launched(student, teacher, masks, how: Distance, coef: Tensor, want_grads: bool, backend: str | None) -> tuple[Tensor, list[Tensor]]:
@@ -139,10 +139,10 @@ class _Distances(torch.autograd.Function):
         late = each or any(s.dtype == torch.float16 for s in student)
         ctx.factor = (torch.ones_like(coef) if each else coef) if late else None
         run = launched if plain_eager(*tensors) else _launched_op
-        sums, ctx.grads = run(student, teacher, masks, how, torch.ones_like(coef) if late else coef, needs, backend)
+        sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
         ctx.save_for_backward(*student)
         ctx.given, ctx.pairs = False, pairs
-        return sums if each else (sums * coef).sum()
+        return sums if each else torch.where(coef == 0, 0, sums * coef).sum()
 
     @staticmethod
     def backward(ctx, upstream):
