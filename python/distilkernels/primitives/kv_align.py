@@ -137,7 +137,8 @@ class _Distances(torch.autograd.Function):
         needs = with_grad and any(ctx.needs_input_grad[-2 * pairs : -pairs])
         # fp16 would underflow with 1/n in it: there the factor comes after the upstream one, which holds the loss scale
         late = each or any(s.dtype == torch.float16 for s in student)
-        ctx.factor = (torch.ones_like(coef) if each else coef) if late else None
+        coef = torch.ones_like(coef) if each else coef
+        ctx.factor = coef if late else None
         run = launched if plain_eager(*tensors) else _launched_op
         sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
         ctx.save_for_backward(*student)
@@ -184,7 +185,7 @@ def distances(
     student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, *,
     each: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_i coef_i·sums_i as a float64 scalar, or with `each` the sums, float64 [N]; differentiable in the student alone.
+    """Σ_i coef_i·sums_i as a float64 scalar, or with `each` the sums themselves, float64 [N]; differentiable in the student alone.
 
     Arguments as in :func:`reference`, already checked. Attached to the graph of every student, whatever the masks.
     """
