@@ -94,8 +94,8 @@ def _ranking(scores: Tensor, valid: Tensor, first: int, last: int) -> Tensor:
     """One number an entry: protected ones above every score, valid ones above every other."""
     x = scores if scores.dtype == torch.float64 else scores.float()
     top = torch.finfo(x.dtype).max
-    # two floats stay free above every score and one below, so that protection and validity are part of the one order
-    x = x.nan_to_num(nan=-top / 2, posinf=top / 2, neginf=-top / 2).clamp(-top / 2, top / 2)
+    # floats stay free above and below the scores, so that protection, validity and NaN are part of the one order
+    x = x.clamp(-top / 2, top / 2).masked_fill(x.isnan(), -0.75 * top)
     if first or last:
         rank = valid.cumsum(-1)
         protected = (rank <= first) | (rank > rank[..., -1:] - last)
