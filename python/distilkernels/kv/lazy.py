@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -121,6 +122,11 @@ class RecurrenceTracker:
         place, empty = indices.clamp(min=0).long(), indices < 0
         kept = [t.gather(2, place).masked_fill_(empty, 0) for t in (self.last_seen, self.max_interval)]
         self._last, self._interval, self._length = *kept, indices.shape[2]
+
+    def rows(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Apply `take`, a function along the batch (a reordering, a repetition), to the state."""
+        if self._last is not None:
+            self._last, self._interval = take(self._last), take(self._interval)
 
     def window(self, quantile: float = 0.8) -> int:
         """An eviction window from a sample: that quantile of the largest gaps of the tokens that have one (the paper: 0.8). Reads values."""
