@@ -59,7 +59,7 @@ def alignment_loss(
     pairs = _paired(layer_map, len(student), len(teacher))
     projections = _checked_per_layer("projections", projections, len(student))
     masks = [None] * len(student) if mask is None else _masks(mask, len(student))
-    left, right, slots = [], [], []
+    left, right, slots, known = [], [], [], {}
     for s, t in pairs:
         theirs = [x.detach() for x in teacher[t]]
         ours = _projected(student[s], theirs, projections[s], s)
@@ -69,7 +69,11 @@ def alignment_loss(
                     f"student layer {s} and teacher layer {t} must have {name} of one shape, or a projection; got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
         given = masks[s] if mask is not None else teacher_masks[t]
-        slots += [_checked_slots(given, ours[0])] * 2
+        # one mask of all layers is one tensor, so that its real slots are counted once
+        key = id(given), ours[0].shape
+        if key not in known:
+            known[key] = _checked_slots(given, ours[0])
+        slots += [known[key]] * 2
         left += ours
         right += theirs
     weights = _weights(layer_weights, [s for s, _ in pairs], len(student), left[0].device)
@@ -196,27 +200,45 @@ def append_latents(
 
 
 def _aligned(
-    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor | None], how: Distance, weights: Tensor, parts: int, reduction: str, backend
+    student: list[Tensor], teacher: list[Tensor], masks: list[Tensor | None], how: Distance, weights: list[float] | Tensor, parts: int,
+    reduction: str, backend,
 ) -> Tensor:  # fmt: skip
-    """Reduces the distances of `parts` pairs a layer; `weights` float64 [L]."""
+    """Reduces the distances of `parts` pairs a layer."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
     for t in (*student, *teacher):
         if t.device != student[0].device:
             raise ValueError(f"all layers must be on one device; got {student[0].device} and {t.device}")
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*student, *teacher)) else torch.float32
-    per_slot = [1 if how.loss == "cosine" else s.shape[-1] for s in student]
-    counts = torch.stack([
-        torch.full((), s.shape[0] * s.shape[1] * s.shape[2], device=s.device) if m is None else m.expand(s.shape[:3]).sum() for s, m in zip(student, masks)
-    ])  # fmt: skip
-    real = counts * torch.tensor(per_slot, device=counts.device)
-    mean = torch.where(real > 0, 1.0 / (parts * real.clamp(min=1)).double(), 0)
+    # a slot's elements, and the parts a layer's mean is over
+    units = [parts * (1 if how.loss == "cosine" else s.shape[-1]) for s in student]
     if reduction == "none":
-        sums = distances(student, teacher, masks, how, torch.ones_like(mean), each=True, backend=backend)
-        return (sums * mean).view(-1, parts).sum(-1).to(dtype)
-    total = weights.sum() if reduction == "mean" else 1
-    share = torch.where(total == 0, 0, weights / total) if reduction == "mean" else weights
-    return distances(student, teacher, masks, how, mean * share.repeat_interleave(parts), backend=backend).to(dtype)
+        sums = distances(student, teacher, masks, how, torch.ones(len(student), dtype=torch.float64, device=student[0].device), each=True, backend=backend)
+        return (sums * _inverse(units, student, masks)).view(-1, parts).sum(-1).to(dtype)
+    if isinstance(weights, Tensor):
+        total = weights.sum() if reduction == "mean" else 1
+        share = torch.where(total == 0, 0, weights / total) if reduction == "mean" else weights
+        coef = _inverse(units, student, masks) * share.repeat_interleave(parts)
+    else:
+        total = sum(weights) if reduction == "mean" else 1
+        coef = _inverse([u * total / weights[i // parts] if weights[i // parts] else 0 for i, u in enumerate(units)], student, masks)
+    return distances(student, teacher, masks, how, coef, backend=backend).to(dtype)
+
+
+def _inverse(units: Sequence[float], student: list[Tensor], masks: list[Tensor | None]) -> Tensor:
+    """1/(unit·real slots) of each pair, float64, 0 where either is 0: few launches, and one copy to the device."""
+    device, slots = student[0].device, [s.shape[0] * s.shape[1] * s.shape[2] for s in student]
+    if all(m is None for m in masks):
+        return torch.tensor([1 / (u * n) if u * n else 0.0 for u, n in zip(units, slots)], dtype=torch.float64, device=device)
+    each = {id(m): m for m in masks if m is not None}
+    if len({m.shape for m in each.values()}) == 1:
+        found = torch.stack(list(each.values())).flatten(1).sum(1).unbind()
+    else:
+        found = [m.sum() for m in each.values()]
+    counts = dict(zip(each, found))
+    whole = torch.tensor([(1 / u if u else 0.0, n) for u, n in zip(units, slots)], dtype=torch.float64, device=device)
+    real = torch.stack([whole[i, 1] if m is None else counts[id(m)].double() for i, m in enumerate(masks)])
+    return torch.where(real > 0, whole[:, 0] / real.clamp(min=1), 0)
 
 
 def _distance(loss: str, beta: float, normalize: str | None) -> Distance:
@@ -320,16 +342,14 @@ def _mapped(x: Tensor, target: Tensor, projection: Projection, layer: int) -> Te
     return flat.unflatten(-1, (target.shape[1], target.shape[3])).transpose(1, 2)
 
 
-def _weights(given, used: list[int], layers: int, device: torch.device) -> Tensor:
-    """float64, one for each student layer that is compared."""
-    if given is None:
-        return torch.ones(len(used), dtype=torch.float64, device=device)
+def _weights(given, used: list[int], layers: int, device: torch.device) -> list[float] | Tensor:
+    """One for each student layer that is compared: floats, or float64 [L] of a tensor, whose values are not waited for."""
     if isinstance(given, Tensor):
         if tuple(given.shape) != (layers,):
             raise ValueError(f"layer_weights must have shape ({layers},), one a student layer; got {tuple(given.shape)}")
         return given.detach().to(device, torch.float64)[used]
-    given = _checked_per_layer("layer_weights", given, layers)
-    return torch.tensor([float(given[i]) for i in used], dtype=torch.float64, device=device)
+    given = [1.0] * layers if given is None else _checked_per_layer("layer_weights", given, layers)
+    return [float(given[i]) for i in used]
 
 
 def _per_layer(name: str, given: Tensor, layers: int, like: Tensor, dtype: torch.dtype) -> Tensor:
