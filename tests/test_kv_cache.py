@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 METHODS = [
     kv.RKV(window=4), kv.SnapKV(window=5), kv.LazyEviction(alpha=0.02, window=4), kv.KaVa(), kv.AttentionOnly(window=3), kv.CosineOnly(), kv.Crop()
 ]  # fmt: skip
-BUDGETS = {"one": 14, "layers": [14, 19, 9], "heads": [[14, 9], [11, 11], [9, 16]]}
+BUDGETS = {"one": 14, "layers": [14, 30, 9], "heads": [[14, 9], [11, 11], [9, 16]]}
 
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
@@ -150,6 +150,22 @@ def test_a_left_padded_request_is_the_request_alone(llama, method):
         torch.testing.assert_close(a[1:], b, rtol=0, atol=1e-5)
     for a, b in zip(cache.layers, alone.layers):
         assert torch.equal(a.positions[1] - 6, b.positions[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS[:5], ids=lambda m: type(m).__name__)
+def test_a_request_shorter_than_its_budget_is_the_request_alone(llama, method):
+    """Its empty slots come before what it holds, so that the queries of the window are still those of its last tokens."""
+    ids, mask = padded((0, 23), sum(SIZES))
+    options = {"method": method, "budget": 14, "every": 1}
+    with kv.CompressedCache(llama.config, **options) as cache:
+        batch, _ = stream(llama, cache, ids, mask, SIZES)
+    with kv.CompressedCache(llama.config, **options) as alone:
+        single, _ = stream(llama, alone, ids[1:, 23:], mask[1:, 23:], [3, *SIZES[1:]])
+    for a, b in zip(batch[1:], single[1:]):
+        torch.testing.assert_close(a[1:], b, rtol=0, atol=1e-5)
+    for a, b in zip(cache.layers, alone.layers):
+        assert torch.equal(a.positions[1] - 23, b.positions[0])
 
 
 @torch.no_grad()
