@@ -33,7 +33,7 @@ class CompressedLayer(DynamicLayer):
     def __init__(self, method: Method, budget: int | Sequence[int], every: int, protect_first: int, backend: str | None):
         super().__init__()
         self.method, self.every, self.protect_first, self.backend = method, every, protect_first, backend
-        self.budget = budget
+        self.budget, self.limits = budget, None
         self.slots = budget if isinstance(budget, int) else max(budget)
         self.window = getattr(method, "window", method.protected)
         self._clear()
@@ -217,10 +217,13 @@ class CompressedLayer(DynamicLayer):
             scores = self.tracker.scores(self.seen - 1)
         else:
             scores = self.method.scores(self._cached(scale)).view(batch, kv_heads, length)
-        budget = self.budget if isinstance(self.budget, int) else torch.tensor(self.budget, device=self.device).expand(batch, kv_heads)
+        if self.limits is None or self.limits.device != self.device:
+            # budgets of heads go to the device once
+            self.limits = torch.tensor([self.budget] * kv_heads if isinstance(self.budget, int) else self.budget, device=self.device)
         kept = select(
-            scores, budget, protect_first=self.protect_first, protect_last=self.method.protected, mask=self.valid, slots=self.slots, backend=self.backend
-        )
+            scores, self.limits.expand(batch, kv_heads), protect_first=self.protect_first, protect_last=self.method.protected,
+            mask=self.valid, slots=self.slots, backend=self.backend,
+        )  # fmt: skip
         # empty slots first: what is held ends at the newest token in every head
         indices = kept.indices.sort(dim=-1).values
         keys, values = gather(self.keys, self.values, indices, backend=self.backend)

@@ -203,12 +203,15 @@ def checked_span(span: Span | None, keys: Tensor, real: Tensor | None) -> tuple[
     if not isinstance(span, Sequence) or len(span) != 2:
         raise TypeError(f"span must be (start, stop), ints or int tensors [B]; got {span!r}")
     start, stop = (_per_request(f"span's {name}", value, b, device) for name, value in zip(("start", "stop"), span))
-    ints = all(isinstance(value, numbers.Integral) for value in span)
-    if ints or (device.type == "cpu" and plain_eager(start, stop)):
+    complaint = f"span must have 0 ≤ start ≤ stop ≤ T = {t}; got ({{}}, {{}})"
+    if all(isinstance(value, numbers.Integral) for value in span):
+        if not 0 <= span[0] <= span[1] <= t:
+            raise ValueError(complaint.format(*span))
+    elif device.type == "cpu" and plain_eager(start, stop):
         bad = (start < 0) | (stop < start) | (stop > t)
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(f"span must have 0 ≤ start ≤ stop ≤ T = {t}; got ({int(start[row])}, {int(stop[row])}) for request {row}")
+            raise ValueError(complaint.format(int(start[row]), int(stop[row])) + f" for request {row}")
     start = start.clamp(0, t)
     return start, torch.maximum(stop.clamp(0, t), start)
 

@@ -128,7 +128,10 @@ def _checked_budget(budget, b: int, heads: int, length: int, protected: int, dev
         return limits.expand(b, heads), length
     if min(values, default=protected) < protected:
         raise ValueError(f"budget must be at least {protected}, the number of protected entries; got {min(values)}")
-    limits = limits if isinstance(budget, Tensor) else torch.tensor(values, device=device).view(-1, 1)
+    if len(values) == 1 and not isinstance(budget, Tensor):
+        limits = torch.full((b, 1), values[0], device=device)
+    elif not isinstance(budget, Tensor):
+        limits = torch.tensor(values, device=device).view(-1, 1)
     return limits.expand(b, heads), max(values, default=0)
 
 
