@@ -148,7 +148,7 @@ class TopKWriter:
             memory with the others for the next :meth:`flush`.
         """
         self._check_open()
-        doc_id = _checked_doc_id(doc_id)
+        doc_id = checked_doc_id(doc_id)
         if doc_id in self._written:
             raise ValueError(f"doc_id must be new; the store already holds {doc_id!r}")
         rows = self._checked_rows(teacher)
@@ -305,7 +305,7 @@ def _checked_metadata(metadata: dict | None) -> dict:
     return json.loads(json.dumps(metadata or {}, allow_nan=False))
 
 
-def _checked_doc_id(doc_id: str | int) -> str | int:
+def checked_doc_id(doc_id: str | int) -> str | int:
     if isinstance(doc_id, str):
         return doc_id
     if isinstance(doc_id, bool) or not isinstance(doc_id, numbers.Integral):
