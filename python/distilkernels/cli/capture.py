@@ -78,7 +78,10 @@ def capture(options: SimpleNamespace) -> int:
 
 def load(options: SimpleNamespace) -> Teacher:
     """Raises OSError or ValueError where transformers finds no such model."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as reason:
+        raise ValueError(f"--device {options.device}: {reason}") from reason
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval().to(device)
     name = options.tokenizer or options.model
