@@ -217,6 +217,21 @@ def test_more_shards_than_are_kept_mapped(tmp_path, monkeypatch):
         assert len(reader._mapped) <= 2 < reader.shards
 
 
+def test_what_cannot_be_written_is_refused_before_it_waits(tmp_path):
+    for value, error in (({1, 2}, TypeError), (math.nan, ValueError)):
+        with pytest.raises(error, match="metadata must be what JSON can hold"):
+            dk.store.TopKWriter(tmp_path / "s", 5, 97, metadata={"a": value})
+    with dk.store.TopKWriter(tmp_path / "s", 5, 97) as writer:
+        writer.append(teacher_rows(3), 2**256)
+        # an id of more than 4,300 digits once kept every waiting document from being written
+        with pytest.raises(ValueError, match="doc_id must be below 2\\^512; got one of 16610 bits"):
+            writer.append(teacher_rows(3), 10**5000)
+        for tokens in ([None] * 3, "abc", [[1], [2, 3]]):
+            with pytest.raises(ValueError, match="tokens must be whole numbers"):
+                writer.append(teacher_rows(3), "b", tokens=tokens)
+    assert dk.store.TopKReader(tmp_path / "s").docs == [2**256]
+
+
 def test_more_shards_than_a_process_may_have_descriptors(tmp_path):
     resource = pytest.importorskip("resource")
     with dk.store.TopKWriter(tmp_path / "s", 5, 97, flush_tokens=1) as writer:
