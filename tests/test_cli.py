@@ -214,6 +214,14 @@ def test_resuming_with_other_arguments_is_refused(tiny, data, tmp_path, capsys):
         assert "another writer" in capsys.readouterr().err
 
 
+def test_an_error_keeps_what_was_captured_before_it(tiny, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2]}\n{"input_ids": [3]}\n{"input_ids": [999]}\n')
+    assert capture(tiny, str(data), tmp_path / "store", "--window", "1") == 1
+    assert "data.jsonl:3: token 0 is 999" in capsys.readouterr().err
+    assert dk.store.TopKReader(tmp_path / "store").docs == ["data.jsonl:1", "data.jsonl:2"]
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
     (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "c"}\n'.encode())

@@ -71,7 +71,11 @@ def capture(options: SimpleNamespace) -> int:
             if writer.manifest.metadata.get(name) != metadata[name]:
                 raise ValueError(f"the store at {options.out} was captured with {name} {writer.manifest.metadata.get(name)}, not {metadata[name]}")
         run = Run(teacher, writer, options)
-        run(documents, interrupted)
+        try:
+            run(documents, interrupted)
+        finally:
+            # what waits are whole documents: an error in a later one must not cost them, and again in every attempt
+            writer.flush()
     print(("interrupted: " if interrupted() else "") + run.summary(), file=sys.stderr)
     return 130 if interrupted() else 0
 
