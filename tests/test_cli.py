@@ -214,6 +214,20 @@ def test_resuming_with_other_arguments_is_refused(tiny, data, tmp_path, capsys):
         assert "another writer" in capsys.readouterr().err
 
 
+def test_an_error_keeps_what_was_captured_before_it(tiny, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2]}\n{"input_ids": [3]}\n{"input_ids": [999]}\n')
+    assert capture(tiny, str(data), tmp_path / "store", "--window", "1") == 1
+    assert "data.jsonl:3: token 0 is 999" in capsys.readouterr().err
+    assert dk.store.TopKReader(tmp_path / "store").docs == ["data.jsonl:1", "data.jsonl:2"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé".encode())
+    (tmp_path / "b.jsonl").write_bytes('\ufeff{"text": "c"}\n'.encode())
+    assert [(d.id, d.content) for d in Documents([tmp_path])] == [("a.txt", "é"), ("b.jsonl:1", "c")]
+
+
 def test_errors_say_where(tiny, tmp_path, capsys):
     cases = {
         "missing.txt": (None, "there is no such file"),
@@ -222,6 +236,12 @@ def test_errors_say_where(tiny, tmp_path, capsys):
         "list.jsonl": (b"[1]\n", "list.jsonl:1: an object is expected; got list"),
         "field.jsonl": (b'{"body": "a"}\n', "field.jsonl:1: a text in \"text\" or token ids in \"input_ids\" are expected; the line has ['body']"),
         "float.jsonl": (b'{"input_ids": [1.5]}\n', "float.jsonl:1: a list of token ids is expected; got float64"),
+        "ragged.jsonl": (b'{"input_ids": [[1, 2], [3]]}\n', "ragged.jsonl:1: a list of token ids is expected"),
+        "nested.jsonl": (b'{"text": ' + b"[" * 100_000, "nested.jsonl:1: not JSON"),
+        "half.jsonl": (b'{"text": "\\ud800"}\n', "half.jsonl:1: not a text"),
+        "empty.npy": (b"", "empty.npy: not an array of numbers"),
+        "noise.npy": (b"noise", "noise.npy: not an array of numbers"),
+        "noise.safetensors": (b"noise", "noise.safetensors: not a safetensors file"),
         "latin.txt": (b"caf\xe9", "latin.txt: not UTF-8"),
         "large.jsonl": (b'{"input_ids": [1, 263]}\n', f"large.jsonl:1: token 1 is 263; the model has ids below {V}"),
         "twice.jsonl": (b'{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', "twice.jsonl:2: the data already has a document '1'"),
@@ -232,7 +252,13 @@ def test_errors_say_where(tiny, tmp_path, capsys):
         assert capture(tiny, str(tmp_path / name), tmp_path / "out") == 1, name
         assert message in capsys.readouterr().err
     np.save(tmp_path / "cube.npy", np.zeros((1, 2, 3), int))
+    np.save(tmp_path / "one.npy", np.int64(3))
+    safetensors_numpy.save_file({"x": np.array(3)}, tmp_path / "one.safetensors")
+    np.save(tmp_path / "tokens.npy", np.arange(3))
     for argv, message in (
+        (["--data", str(tmp_path / "one.npy")], "one.npy: token ids [T] or [documents, T] are expected; got shape ()"),
+        (["--data", str(tmp_path / "one.safetensors")], "one.safetensors:x: token ids [T] or [documents, T] are expected; got shape ()"),
+        (["--data", str(tmp_path / "tokens.npy"), "--device", "gpu"], "--device gpu: "),
         (["--data", str(tmp_path / "cube.npy")], "token ids [T] or [documents, T] are expected; got shape (1, 2, 3)"),
         (["--data", str(tmp_path / "latin.txt"), str(tmp_path / "latin.txt")], "have one name, 'latin.txt'"),
         (["--data", tiny.bare, "--k", "2000"], f"k must be in [1, {V}], the valid columns; got 2000"),

@@ -257,7 +257,9 @@ def test_cache_compiles_once_for_each_content(counted, monkeypatch):
     nvrtc.cubin("topk_select", "sm_80", {"LOGIT": 1})
     monkeypatch.setattr(nvrtc, "version", lambda: (13, 1))
     nvrtc.cubin("topk_select", "sm_90", {"LOGIT": 1})
-    assert len(counted.calls) == 4 and len(list(counted.folder.iterdir())) == 4
+    monkeypatch.setitem(nvrtc._OPTIONS, "fma", True)
+    nvrtc.cubin("topk_select", "sm_90", {"LOGIT": 1})
+    assert len(counted.calls) == 5 and len(list(counted.folder.iterdir())) == 5
 
 
 def test_cache_follows_the_sources(counted, monkeypatch, tmp_path):

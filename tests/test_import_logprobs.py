@@ -154,6 +154,42 @@ def test_bad_lines_are_named_and_the_rest_goes_on(tmp_path, capsys):
         assert reader.docs == ["one", "two", "three", "b.jsonl:8"]
 
 
+def test_two_responses_of_one_name_are_not_taken_for_one(tmp_path):
+    """Files of one name in two folders, without ids; one id twice. Neither is a document that the store had before."""
+    paths = [tmp_path / folder / "out.jsonl" for folder in ("a", "b")]
+    for path, n in zip(paths, (1, 2)):
+        path.parent.mkdir()
+        path.write_text(lines({"logprobs": vllm_json(A[:n], ANSWER)}))
+    with pytest.raises(ValueError, match=r"b/out\.jsonl:1: another response of this import has the id 'out\.jsonl:1'"):
+        dk.store.import_logprobs(paths, tmp_path / "files", K, vocab_size=V, progress=False)
+    twice = [{"id": 3, "logprobs": vllm_json(A[:n], ANSWER)} for n in (1, 2)]
+    for repeat in range(2):
+        with pytest.warns(UserWarning, match="1 of the responses"):
+            done = dk.store.import_logprobs(twice, tmp_path / "ids", K, vocab_size=V, on_error="skip", progress=False)
+        assert (done.documents, done.skipped, len(done.bad)) == ((1, 0, 1), (0, 1, 1))[repeat]
+    with dk.store.TopKReader(tmp_path / "ids") as reader:
+        assert len(reader[3]) == 1
+
+
+def test_malformed_responses_are_skipped_whatever_they_hold(tmp_path):
+    good = {"id": "good", "logprobs": vllm_json(A, ANSWER)}
+    prompted = lambda **chat: {"choices": [{"prompt_token_ids": [1], "logprobs": {"content": [{"token": "token_id:3", "logprob": -0.5, **chat}]}}]}
+    huge = '{"id": 1, "logprobs": [{"3": %s' + "9" * 400 + "}]}\n"
+    bad = [
+        *({**good, "id": 1, "tokens": tokens} for tokens in ([None] * 9, [1.5] * 9, [True] * 9, "123456789", [2**70] * 9, [[1]] * 9, [-1] * 9)),
+        {"choices": []}, {"choices": {}}, {"choices": 5},
+        prompted(bytes="ab", top_logprobs=[]), prompted(bytes=10**12, top_logprobs=[]), prompted(bytes=[256], top_logprobs=[]),
+        huge % "", '{"a": ' * 100_000 + "\n", *({**good, "id": name} for name in ([1], {}, 1.5, True)),
+    ]  # fmt: skip
+    (tmp_path / "bad.jsonl").write_text(lines(*bad, huge % "-", good))
+    with pytest.warns(UserWarning, match=f"{len(bad)} of the responses could not be read"):
+        done = dk.store.import_logprobs(tmp_path / "bad.jsonl", tmp_path / "store", K, vocab_size=V, on_error="skip", progress=False)
+    assert len(done.bad) == len(bad)
+    with dk.store.TopKReader(tmp_path / "store") as reader:
+        # far below any float is far below what servers write for "not there"
+        assert reader.docs == [1, "good"] and reader[1].ids.tolist() == [[-1] * K]
+
+
 def test_token_strings_and_their_count(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "12": 2}, unk_token="a"))

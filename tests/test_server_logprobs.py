@@ -243,6 +243,7 @@ def test_two_unknown_strings_count_twice(byte_level):
         ([{1: -0.5}, {2: math.nan}], ValueError, "entry 1: the log-prob of 2 is NaN"),
         ([{-3: -0.5}], ValueError, "entry 0: ids must be at least 0 and below vocab_size = 50; got -3"),
         ([{50: -0.5}], ValueError, "entry 0: ids must be at least 0 and below vocab_size = 50; got 50"),
+        ([{1: 10**400}], ValueError, "entry 0: log-probs are expected, not logits"),
         ([None, {1: 12.0, 2: 3.0}], ValueError, "entry 1: the probabilities add up to .*log-probs are expected, not logits"),
         ([[{"token": 5, "logprob": -0.1}]], ValueError, "entry 0: a token and its logprob are expected"),
     ],
@@ -264,3 +265,9 @@ def test_errors_name_the_argument():
         dk.TeacherTopK.from_logprob_dicts([], 1, tokenizer=tokenizers.Tokenizer(tokenizers.models.BPE()), token_form="bytes")
     with pytest.raises(ValueError, match="temperature must be"):
         dk.TeacherTopK.from_logprob_dicts([], 1, temperature=0)
+
+
+@pytest.mark.parametrize("entry", [{2**31: -1.0}, {str(2**31): -1.0}, [{"token": f"token_id:{2**31}", "logprob": -1.0}]])
+def test_ids_beyond_int32_do_not_wrap(entry):
+    with pytest.raises(ValueError, match=r"entry 0: ids must be at least 0 and below 2\^31; got 2147483648"):
+        dk.TeacherTopK.from_logprob_dicts([entry], 2)

@@ -217,6 +217,61 @@ def test_more_shards_than_are_kept_mapped(tmp_path, monkeypatch):
         assert len(reader._mapped) <= 2 < reader.shards
 
 
+def test_what_cannot_be_written_is_refused_before_it_waits(tmp_path):
+    for value, error in (({1, 2}, TypeError), (math.nan, ValueError)):
+        with pytest.raises(error, match="metadata must be what JSON can hold"):
+            dk.store.TopKWriter(tmp_path / "s", 5, 97, metadata={"a": value})
+    with dk.store.TopKWriter(tmp_path / "s", 5, 97) as writer:
+        writer.append(teacher_rows(3), 2**256)
+        # an id of more than 4,300 digits once kept every waiting document from being written
+        with pytest.raises(ValueError, match="doc_id must be below 2\\^512; got one of 16610 bits"):
+            writer.append(teacher_rows(3), 10**5000)
+        for tokens in ([None] * 3, "abc", [[1], [2, 3]]):
+            with pytest.raises(ValueError, match="tokens must be whole numbers"):
+                writer.append(teacher_rows(3), "b", tokens=tokens)
+    assert dk.store.TopKReader(tmp_path / "s").docs == [2**256]
+
+
+def test_more_shards_than_a_process_may_have_descriptors(tmp_path):
+    resource = pytest.importorskip("resource")
+    with dk.store.TopKWriter(tmp_path / "s", 5, 97, flush_tokens=1) as writer:
+        for i in range(80):
+            writer.append(teacher_rows(1), i)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # the lowest free descriptor and a few more
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor + 20, before[1]))
+    try:
+        reader = dk.store.TopKReader(tmp_path / "s")
+        reader.verify()
+        assert len(reader._mapped) == reader.shards == 80
+        rows = reader[3]
+        del reader
+        assert_stored(rows, teacher_rows(1))
+        dk.store.merge([tmp_path / "s"], tmp_path / "one")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert dk.store.info(tmp_path / "one").shards == 1
+
+
+def test_maps_end_with_their_arrays(tmp_path):
+    from distilkernels.store.mapping import mapped
+
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    part = mapped(tmp_path / "file")[512:768]
+    assert part.tolist() == list(range(256)) and not part.flags.writeable
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path) in maps.read_text()
+        del part
+        assert str(tmp_path) not in maps.read_text()
+    (tmp_path / "empty").touch()
+    assert mapped(tmp_path / "empty").size == 0
+    with pytest.raises(FileNotFoundError):
+        mapped(tmp_path / "none")
+
+
 def test_the_container_is_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors")
     with dk.store.TopKWriter(tmp_path / "s", 5, 97) as writer:

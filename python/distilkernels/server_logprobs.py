@@ -40,6 +40,8 @@ class ServerLogprobs:
         self.k = int(k)
         self.temperature = checked_positive("temperature", temperature)
         self.vocab_size = vocab_size
+        # rows hold ids in int32
+        self._limit = 2**31 if vocab_size is None else min(vocab_size, 2**31)
         self.entries = 0
         self.unnamed = 0
         self._strings = None if tokenizer is None else TokenStrings.of(tokenizer, token_form)
@@ -97,10 +99,13 @@ class ServerLogprobs:
         for token, logprob in _entries(entry, i, strings_are_ids):
             if isinstance(logprob, bool) or not isinstance(logprob, numbers.Real):
                 raise TypeError(f"entry {i}: the log-prob of {token!r} must be a number; got {type(logprob).__name__}")
-            if math.isnan(logprob):
-                raise ValueError(f"entry {i}: the log-prob of {token!r} is NaN")
             if logprob <= ABSENT:
                 continue
+            if logprob > 700:
+                # JSON may hold an integer beyond any float; smaller ones are caught by their sum
+                raise ValueError(f"entry {i}: log-probs are expected, not logits; got {logprob} for {token!r}")
+            if math.isnan(logprob):
+                raise ValueError(f"entry {i}: the log-prob of {token!r} is NaN")
             self.entries += 1
             name = self.token_id(*token, i) if isinstance(token, tuple) else int(token)
             if name is None:
@@ -108,9 +113,9 @@ class ServerLogprobs:
                 self._example = self._example or token[0]
                 # two tokens may share a string: both count, unless it is the sampled token listed a second time
                 name = (token, float(logprob))
-            elif name < 0 or (self.vocab_size is not None and name >= self.vocab_size):
-                limit = "" if self.vocab_size is None else f" and below vocab_size = {self.vocab_size}"
-                raise ValueError(f"entry {i}: ids must be at least 0{limit}; got {name}")
+            elif not 0 <= name < self._limit:
+                limit = "2^31" if self.vocab_size is None else f"vocab_size = {self.vocab_size}"
+                raise ValueError(f"entry {i}: ids must be at least 0 and below {limit}; got {name}")
             found.setdefault(name, float(logprob))
         return [(_UNNAMED if isinstance(name, tuple) else name, value) for name, value in found.items()]
 
@@ -136,8 +141,7 @@ def _entries(entry: Any, i: int, strings_are_ids: bool) -> Iterator[tuple[Any, A
             token, logprob = field(item, "token"), field(item, "logprob")
             if not isinstance(token, str) or logprob is None:
                 raise ValueError(f"entry {i}: a token and its logprob are expected; got {item!r}")
-            exact = field(item, "bytes")
-            yield (token, None if exact is None else bytes(exact)), logprob
+            yield (token, exact_bytes(item, i)), logprob
     elif isinstance(entry, Mapping):
         for key, value in entry.items():
             logprob = field(value, "logprob")
@@ -150,6 +154,16 @@ def _entries(entry: Any, i: int, strings_are_ids: bool) -> Iterator[tuple[Any, A
             yield key, value if logprob is None else logprob
     else:
         raise TypeError(f"entry {i}: a dict of log-probs, a chat token with top_logprobs, or None is expected; got {type(entry).__name__}")
+
+
+def exact_bytes(item: Any, i: int) -> bytes | None:
+    """A chat token's bytes, where the server knows them."""
+    listed = field(item, "bytes")
+    if listed is None:
+        return None
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(b, int) and 0 <= b < 256 for b in listed):
+        raise ValueError(f"entry {i}: bytes must be a list of numbers in [0, 256) or null; got {listed!r}")
+    return bytes(listed)
 
 
 def field(item: Any, name: str) -> Any:

@@ -24,6 +24,9 @@ import torch
 
 _DIGEST = hashlib.sha256().digest_size
 
+# sums must have the same bits in every variant of a kernel: it writes its fma's out
+_OPTIONS = {"std": "c++17", "fma": False, "ptxas_options": ["-v"]}
+
 
 @functools.cache
 def why_not() -> str | None:
@@ -109,12 +112,9 @@ def compiled(name: str, architecture: str, defines: Mapping[str, int], log=None)
     options = ProgramOptions(
         name=f"{name}.cu",
         arch=architecture,
-        std="c++17",
         include_path=str(_sources()),
         define_macro=[(key, str(value)) for key, value in defines.items()],
-        # sums must have the same bits in every variant of a kernel: it writes its fma's out
-        fma=False,
-        ptxas_options=["-v"],
+        **_OPTIONS,
     )
     return bytes(Program((_sources() / f"{name}.cu").read_text(encoding="utf-8"), "c++", options).compile("cubin", logs=log).code)
 
@@ -136,7 +136,7 @@ def _sources() -> Path:
 
 
 def _key(name: str, architecture: str, defines: Mapping[str, int]) -> str:
-    digest = hashlib.sha256(repr((name, architecture, sorted(defines.items()), version())).encode())
+    digest = hashlib.sha256(repr((name, architecture, sorted(defines.items()), _OPTIONS, version())).encode())
     for source in sorted(_sources().glob("*.cu*")):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:32]

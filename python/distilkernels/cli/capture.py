@@ -71,14 +71,21 @@ def capture(options: SimpleNamespace) -> int:
             if writer.manifest.metadata.get(name) != metadata[name]:
                 raise ValueError(f"the store at {options.out} was captured with {name} {writer.manifest.metadata.get(name)}, not {metadata[name]}")
         run = Run(teacher, writer, options)
-        run(documents, interrupted)
+        try:
+            run(documents, interrupted)
+        finally:
+            # what waits are whole documents: an error in a later one must not cost them, and again in every attempt
+            writer.flush()
     print(("interrupted: " if interrupted() else "") + run.summary(), file=sys.stderr)
     return 130 if interrupted() else 0
 
 
 def load(options: SimpleNamespace) -> Teacher:
     """Raises OSError or ValueError where transformers finds no such model."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as reason:
+        raise ValueError(f"--device {options.device}: {reason}") from reason
     dtype = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval().to(device)
     name = options.tokenizer or options.model

@@ -45,7 +45,7 @@ class Documents:
         self._formats = {
             ".txt": Format(_lines, self._text_lines) if per_line else Format(lambda path: 1, self._text),
             ".jsonl": Format(_lines, self._jsonl),
-            ".npy": Format(lambda path: _rows(np.load(path, mmap_mode="r")), self._npy),
+            ".npy": Format(lambda path: _rows(_array(path).shape), self._npy),
             ".safetensors": Format(self._count_tensors, self._safetensors),
         }
         self._files: dict[str, Path] = {}
@@ -87,7 +87,7 @@ class Documents:
             place = f"{path}:{line}"
             try:
                 record = json.loads(_decoded(raw, place))
-            except json.JSONDecodeError as reason:
+            except (json.JSONDecodeError, RecursionError) as reason:
                 raise ValueError(f"{place}: not JSON: {reason}") from reason
             if not isinstance(record, dict):
                 raise ValueError(f"{place}: an object is expected; got {type(record).__name__}")
@@ -96,28 +96,27 @@ class Documents:
 
     def _content(self, record: dict[str, Any], place: str) -> str | np.ndarray:
         if record.get("input_ids") is not None:
-            return _tokens(np.array(record["input_ids"]), place)
+            return _tokens(record["input_ids"], place)
         text = record.get(self._text_field)
         if not isinstance(text, str):
             raise ValueError(f'{place}: a text in "{self._text_field}" or token ids in "input_ids" are expected; the line has {sorted(record)}')
+        try:
+            text.encode()
+        except UnicodeEncodeError as reason:
+            raise ValueError(f"{place}: not a text: {reason}") from reason
         return text
 
     def _npy(self, name: str, path: Path) -> Iterator[Document]:
-        yield from _arrays(name, str(path), np.load(path, mmap_mode="r"))
+        yield from _arrays(name, str(path), _array(path))
 
     def _safetensors(self, name: str, path: Path) -> Iterator[Document]:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
+        with _tensors(path) as file:
             for key in sorted(file.keys()):
                 yield from _arrays(f"{name}:{key}", f"{path}:{key}", file.get_tensor(key))
 
     def _count_tensors(self, path: Path) -> int:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="numpy") as file:
-            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
-        return sum(1 if len(shape) == 1 else shape[0] for shape in shapes)
+        with _tensors(path) as file:
+            return sum(_rows(file.get_slice(key).get_shape()) for key in file.keys())
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -133,14 +132,32 @@ def _lines(path: Path) -> int:
 
 
 def _decoded(raw: bytes, place: str) -> str:
+    """Text, without the byte order mark that some editors put first."""
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as reason:
         raise ValueError(f"{place}: not UTF-8: {reason}") from reason
 
 
-def _rows(array: np.ndarray) -> int:
-    return 1 if array.ndim == 1 else len(array)
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as reason:
+        raise ValueError(f"{path}: not an array of numbers: {reason}") from reason
+
+
+def _tensors(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as reason:
+        raise ValueError(f"{path}: not a safetensors file: {reason}") from reason
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """Documents of an array; of other shapes :func:`_arrays` says that it takes none."""
+    return shape[0] if len(shape) == 2 else 1
 
 
 def _arrays(name: str, place: str, array: np.ndarray) -> Iterator[Document]:
@@ -153,7 +170,11 @@ def _arrays(name: str, place: str, array: np.ndarray) -> Iterator[Document]:
         raise ValueError(f"{place}: token ids [T] or [documents, T] are expected; got shape {array.shape}")
 
 
-def _tokens(array: np.ndarray, place: str) -> np.ndarray:
+def _tokens(ids: Any, place: str) -> np.ndarray:
+    try:
+        array = np.asarray(ids)
+    except ValueError as reason:
+        raise ValueError(f"{place}: a list of token ids is expected: {reason}") from reason
     if array.size == 0:
         return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..server_logprobs import ServerLogprobs, field
+import torch
+
+from ..server_logprobs import ServerLogprobs, exact_bytes, field
 from ..teacher import TeacherTopK
-from .writer import TopKWriter
+from .writer import TopKWriter, checked_doc_id
 
 
 class Imported(NamedTuple):
@@ -42,7 +45,8 @@ def import_logprobs(
 
     Args:
         source: a .jsonl file, a list of such files, or any iterable of documents.
-        out: a writer, or the path of a store, which is made or continued: documents that it holds already are skipped.
+        out: a writer, or the path of a store, which is made or continued: documents that it holds already are skipped. A
+            second one of an id within `source` is a bad one; without ids they are named FILE:LINE, or by their number.
         k, vocab_size, temperature, options: of the :class:`TopKWriter` for a path (`vocab_size` may come from the
             tokenizer); a writer brings its own.
         tokenizer, token_form: see :meth:`TeacherTopK.from_logprob_dicts`.
@@ -104,16 +108,22 @@ def _import(items: tuple, writer: TopKWriter, tokenizer, token_form: str | None,
         manifest.k, tokenizer=tokenizer, token_form=token_form, temperature=manifest.temperature, vocab_size=manifest.vocab_size
     )
     documents = rows = skipped = 0
+    stored, seen = writer.docs, set()
     bad: list[str] = []
     with _bar(progress, total, unit) as update:
         for item in items:
             try:
                 for document in _documents(item, parser):
-                    if document.id in writer:
+                    name = checked_doc_id(document.id)
+                    if name in seen:
+                        raise ValueError(f"another response of this import has the id {name!r}, too: ids must be unique")
+                    if name in stored:
+                        seen.add(name)
                         skipped += 1
                         continue
                     teacher, tokens, first = document.parsed(parser)
-                    writer.append(teacher, document.id, tokens=tokens, first=first)
+                    writer.append(teacher, name, tokens=tokens, first=first)
+                    seen.add(name)
                     documents, rows = documents + 1, rows + len(teacher)
             except (ValueError, TypeError) as reason:
                 if on_error == "raise":
@@ -165,12 +175,16 @@ class _Document(NamedTuple):
         teacher = TeacherTopK.cat(parts)
         if self.tokens is None:
             return teacher, None, 0
-        first = len(self.tokens) - 1 - len(teacher)
+        tokens = self.tokens.tolist() if isinstance(self.tokens, torch.Tensor) else list(self.tokens)
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, numbers.Integral) or not 0 <= token < 2**31:
+                raise ValueError(f"tokens must be ids in [0, 2^31); got {token!r}")
+        first = len(tokens) - 1 - len(teacher)
         if first < 0:
-            if not len(self.tokens) and not len(teacher):
+            if not tokens and not len(teacher):
                 return teacher, [], 0
-            raise ValueError(f"{len(teacher)} rows cannot predict the last of {len(self.tokens)} tokens: their number must be less")
-        return teacher, list(self.tokens), first
+            raise ValueError(f"{len(teacher)} rows cannot predict the last of {len(tokens)} tokens: their number must be less")
+        return teacher, tokens, first
 
 
 def _documents(item: _Item, parser: ServerLogprobs) -> Iterator[_Document]:
@@ -180,7 +194,7 @@ def _documents(item: _Item, parser: ServerLogprobs) -> Iterator[_Document]:
             return
         try:
             record = json.loads(record)
-        except (json.JSONDecodeError, UnicodeDecodeError) as reason:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as reason:
             raise ValueError(f"not JSON: {reason}") from reason
         if not isinstance(record, dict):
             raise ValueError(f"an object is expected; got {type(record).__name__}")
@@ -198,6 +212,8 @@ def _documents(item: _Item, parser: ServerLogprobs) -> Iterator[_Document]:
         logprobs, are_ids = _logprobs(field(record, "logprobs"))
         yield _Document(name, field(record, "prompt_logprobs"), logprobs, are_ids, field(record, "tokens"))
         return
+    if not isinstance(choices, Sequence) or not choices:
+        raise ValueError(f"a list of choices is expected; got {choices!r}")
     for i, choice in enumerate(choices):
         logprobs, are_ids = _logprobs(field(choice, "logprobs"))
         prompt, prompt_ids = (_first(field(source, key) for source in (choice, record)) for key in ("prompt_logprobs", "prompt_token_ids"))
@@ -232,5 +248,5 @@ def _answer(choice: Any, logprobs: Sequence, parser: ServerLogprobs) -> Iterator
     strings = field(field(choice, "logprobs"), "tokens")
     for i, entry in enumerate(logprobs):
         string = strings[i] if strings is not None else field(entry, "token")
-        exact = field(entry, "bytes") if strings is None else None
-        yield None if string is None else parser.token_id(string, None if exact is None else bytes(exact), i)
+        exact = exact_bytes(entry, i) if strings is None else None
+        yield None if string is None else parser.token_id(string, exact, i)

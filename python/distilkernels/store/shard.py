@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import re
 import zlib
@@ -23,6 +22,7 @@ from ..errors import StoreError
 from .codec import Scale, decode
 from .layout import row_layout
 from .manifest import FORMAT, VERSION, Manifest, publish
+from .mapping import mapped
 
 BLOCK_ROWS = 256
 BLOCK_TOKENS = 8192
@@ -134,14 +134,12 @@ class Shard:
         self.path = folder / shard_name(index)
         self._k, self._vocab_size = manifest.k, manifest.vocab_size
         try:
-            with open(self.path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise StoreError("the file ends within its header", self.path, size)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._bytes = mapped(self.path)
         except OSError as reason:
             raise StoreError(f"cannot be opened: {reason.strerror}", self.path) from reason
-        self._bytes = np.frombuffer(self._map, np.uint8)
+        size = len(self._bytes)
+        if size < 8:
+            raise StoreError("the file ends within its header", self.path, size)
         tables = self._head(size, manifest.store, index)
         self.doc_ids: list[str | int] = json.loads(tables["doc_ids"].tobytes())
         self.documents = tables["documents"].copy()
@@ -154,13 +152,13 @@ class Shard:
         self._tokens = _Extents("tokens", counts, self._tokens_start, tables["token_block.crc32"], [n * w for n, w in zip(counts.tolist(), self._widths)])
 
     def _head(self, size: int, store: str, index: int) -> dict[str, np.ndarray]:
-        head = 8 + int.from_bytes(self._map[:8], "little")
+        head = 8 + int.from_bytes(self._bytes[:8].tobytes(), "little")
         if head + 8 > size:
             raise StoreError("the header is damaged or the file is cut within it", self.path, 0)
-        checksums = np.frombuffer(self._map, "<u4", 2, head).tolist()
+        checksums = np.frombuffer(self._bytes, "<u4", 2, head).tolist()
         if zlib.crc32(self._bytes[:head]) != checksums[0]:
             raise StoreError("the header is damaged: its checksum does not match", self.path, 0)
-        header = json.loads(self._map[8:head])
+        header = json.loads(self._bytes[8:head].tobytes())
         about = header.pop("__metadata__")
         if about["version"] != str(VERSION):
             raise StoreError(f"the shard has format version {about['version']}; this release reads version {VERSION}", self.path, 0)
@@ -177,7 +175,7 @@ class Shard:
         tables = {}
         for name, dtype in _TABLES.items():
             shape = header[name]["shape"]
-            tables[name] = np.frombuffer(self._map, _DTYPES[dtype], math.prod(shape), places[name][0]).reshape(shape)
+            tables[name] = np.frombuffer(self._bytes, _DTYPES[dtype], math.prod(shape), places[name][0]).reshape(shape)
         return tables
 
     @property

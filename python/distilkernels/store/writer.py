@@ -138,7 +138,7 @@ class TopKWriter:
 
         Args:
             teacher: [T, K'] with K' ≤ k, on any device; T may be 0. Without a tail_logprob none comes back.
-            doc_id: a str or int that the store does not hold yet.
+            doc_id: a str or int (of up to 512 bits) that the store does not hold yet.
             tokens: the document's L token ids in [0, 2^31), exact; a dataset can then be made of the store alone.
             first: the position in `tokens` of row 0; rows belong to positions first…first + T − 1 ≤ L − 1. A row predicts
                 the token after its position.
@@ -148,7 +148,7 @@ class TopKWriter:
             memory with the others for the next :meth:`flush`.
         """
         self._check_open()
-        doc_id = _checked_doc_id(doc_id)
+        doc_id = checked_doc_id(doc_id)
         if doc_id in self._written:
             raise ValueError(f"doc_id must be new; the store already holds {doc_id!r}")
         rows = self._checked_rows(teacher)
@@ -302,21 +302,30 @@ def _checked_name(name: str, value: str | None) -> str | None:
 def _checked_metadata(metadata: dict | None) -> dict:
     if metadata is not None and not isinstance(metadata, dict):
         raise TypeError(f"metadata must be a dict or None; got {type(metadata).__name__}")
-    return json.loads(json.dumps(metadata or {}, allow_nan=False))
+    try:
+        return json.loads(json.dumps(metadata or {}, allow_nan=False))
+    except (TypeError, ValueError) as reason:
+        raise type(reason)(f"metadata must be what JSON can hold: {reason}") from reason
 
 
-def _checked_doc_id(doc_id: str | int) -> str | int:
+def checked_doc_id(doc_id: str | int) -> str | int:
     if isinstance(doc_id, str):
         return doc_id
     if isinstance(doc_id, bool) or not isinstance(doc_id, numbers.Integral):
         raise TypeError(f"doc_id must be a str or int; got {type(doc_id).__name__}")
+    # wide enough for any hash; Python writes no integers of more than 4,300 digits
+    if not -(2**512) < doc_id < 2**512:
+        raise ValueError(f"doc_id must be below 2^512; got one of {int(doc_id).bit_length()} bits")
     return int(doc_id)
 
 
 def _checked_tokens(tokens, first: int, rows: int) -> np.ndarray | None:
     if tokens is None:
         return None
-    tokens = torch.as_tensor(tokens)
+    try:
+        tokens = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as reason:
+        raise ValueError(f"tokens must be whole numbers [L]: {reason}") from reason
     if tokens.numel() == 0:
         tokens = tokens.long()
     if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
