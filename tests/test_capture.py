@@ -18,7 +18,7 @@ from distilkernels.primitives.boundary import rows_of
 from distilkernels.primitives.draw_rows import uniforms
 from distilkernels.primitives.head import Head
 from distilkernels.primitives.philox import Stream, philox, uniform53
-from distilkernels.primitives.topk_select import top_k
+from distilkernels.primitives.topk_select import TopK, top_k
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEG = -math.inf
@@ -36,7 +36,10 @@ def truth(logits: torch.Tensor, k: int, head: dict):
 
 
 def assert_selected(logits: torch.Tensor, k: int, backend: str, head: dict, device: str = "cpu") -> None:
-    got = top_k(logits.to(device), k, Head.checked(logits.shape[-1], **head), backend)
+    assert_truth(top_k(logits.to(device), k, Head.checked(logits.shape[-1], **head), backend), logits, k, head)
+
+
+def assert_truth(got: TopK, logits: torch.Tensor, k: int, head: dict) -> None:
     ids, values, lse, tail = truth(logits, k, head)
     nan = lse.isnan()
     want_ids = torch.where(nan[:, None], torch.arange(k), ids)
@@ -169,6 +172,8 @@ def test_opcheck(backend, device):
         rows = rows_of(case.logits().to(device))
         head = Head.checked(case.v, **case.head)
         torch.library.opcheck(torch.ops.distilkernels.topk_select.default, (rows, case.k, *head, backend))
+        if refuses(backend, "draw_rows", rows):
+            continue
         n = rows.shape[0] * rows.shape[1]
         seeds = torch.arange(n, device=device)
         torch.library.opcheck(torch.ops.distilkernels.draw_rows.default, (rows, 5, 0.7, seeds, seeds + 1, *head, backend))

@@ -22,7 +22,7 @@ verify_module = importlib.import_module("distilkernels.decoding.verify")
 
 # family-wise 1e-6 over at most 200 comparisons in this file
 ALPHA = 1e-6 / 200
-DRAWS = 60_000
+DRAWS = 40_000
 CPU = [p for p in servers("sample_rows") if "triton" not in p.id]
 BACKENDS = pytest.mark.parametrize("backend,device", CPU)
 

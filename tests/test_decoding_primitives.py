@@ -10,8 +10,9 @@ from benchmarks.cases import CONTRACT, Case
 from servers import servers
 
 from distilkernels import BackendError, backends
+from distilkernels.primitives import sample_rows
 from distilkernels.primitives.boundary import rows_of
-from distilkernels.primitives.filter_rows import Filtered, Filters, filtered
+from distilkernels.primitives.filter_rows import Filtered, Filters, allocate, filtered, reference
 from distilkernels.primitives.sample_rows import Noise, Operand, drawn, mass, uniforms_at, weights
 
 INF, NAN = math.inf, math.nan
@@ -51,7 +52,11 @@ def filters_for(n: int, shift: int, device: str) -> Filters:
 
 def definition(x: torch.Tensor, columns: int, filters: Filters) -> Filtered:
     """In float64 on a CPU, whatever the input."""
-    return filtered(x.double().cpu().reshape(1, -1, x.shape[-1]), columns, Filters(*(t.cpu() for t in filters)), "reference")
+    x, filters = x.double().cpu().reshape(1, -1, x.shape[-1]), Filters(*(t.cpu() for t in filters))
+    out = allocate(x)
+    if x.numel():
+        reference(x, columns, filters, out)
+    return Filtered(filters.temperature, **out)
 
 
 def refused(backend: str, primitive: str, *rows: torch.Tensor) -> bool:
@@ -134,12 +139,14 @@ def test_filter_boundary_ties_are_kept(backend, device):
         assert kept.equal((x.float().cpu() >= kth[:, None]).sum(-1))
 
 
-def test_mutants_of_boundary_ties(monkeypatch):
-    """≤ for < in top_k, and a boundary decided by place, must fail the test above."""
+def test_mutants_of_filters(monkeypatch):
+    """≤ for < in top_k, and bounds that are a little off, must fail the contract."""
     honest = backends.module("reference").filter_rows
     for change in (
         lambda f: f._replace(top_k=f.top_k + 1),
-        lambda f: f._replace(top_k=(f.top_k - 1).clamp(min=1)),
+        lambda f: f._replace(top_k=torch.where(f.top_k > 1, f.top_k - 1, f.top_k)),
+        lambda f: f._replace(top_p=torch.where(f.top_p < 1, f.top_p + 1e-3, f.top_p)),
+        lambda f: f._replace(min_p=f.min_p * 0.99),
     ):
         monkeypatch.setattr(backends.module("reference"), "filter_rows", lambda x, v, f, out, change=change: honest(x, v, change(f), out))
         with pytest.raises(AssertionError):
@@ -187,19 +194,23 @@ def assert_drawn(first: Operand, noise: Noise, columns: int, vocab: int, backend
     # what rounding can do to a weight: a difference keeps the error of its terms
     slack = slack_of(first.logits, first.law.temperature.new_full((one.logits.shape[1],), 1.0), dtype)[one.rows.clamp(min=0)]
     slack = slack / torch.where(one.law.temperature == 0, 1.0, one.law.temperature.clamp(max=1))
-    sizes = w
+    sizes, unclear = w, torch.zeros_like(one.rows, dtype=torch.bool)
     if mode == "residual":
         slack = torch.maximum(slack, slack_of(second.logits, torch.ones(two.logits.shape[1]), dtype)[two.rows.clamp(min=0)] / 0.3)
         plain = weights(one, None, None, "plain", columns)
         alone = (two.rows < 0)[:, None]
         sizes = torch.where(alone, w, c[:, None] * plain + (c[:, None] * plain - w).abs())
         nothing = (w <= 0).all(-1) & (one.rows >= 0)
+        # a residual that is no more than rounding may be taken for none, and none for one
+        rounding = slack[:, None] * sizes.nan_to_num()
+        unclear = (w <= rounding).all(-1) & (rounding > 0).any(-1)
         w, sizes = torch.where(nothing[:, None], plain, w), torch.where(nothing[:, None], plain, sizes)
     bad = w.isnan().any(-1) | (one.rows < 0) | (w <= 0).all(-1)
     error = slack[:, None] * sizes.nan_to_num()
     clock = -torch.log1p(-uniforms_at(Noise(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in noise)), columns).double())
     assert token[bad].eq(-1).all() and value[bad].isnan().all() and rank[bad].eq(-1).all() and not compared[bad].any()
-    good = ~bad
+    good = ~bad & ~unclear
+    assert (token >= 0)[~bad].all()
     chosen = token.clamp(min=0)[:, None]
     assert ((token >= 0) & (token < columns))[good].all()
     best = torch.where(w > error, clock / (w - error), INF).amin(-1)
@@ -305,6 +316,43 @@ def test_sample_at_a_real_vocabulary(backend, device):
     first, second = operand_of(x, rows, v, 9), operand_of(y, rows, v, 0)
     assert_drawn(first, noise_for(4, device), v, WIDE.v, backend)
     assert_drawn(first, noise_for(4, device), v, WIDE.v, backend, second=second, scale=scale, mode="residual")
+
+
+@pytest.mark.parametrize("mistake", ["dropped_tile", "bar_is_strict", "no_temperature", "words_swapped", "offset_ignored", "coarse"])
+def test_mutants_of_a_draw(monkeypatch, mistake):
+    """Each must fail `assert_drawn` on some filter."""
+    weigh, uniforms = sample_rows.weights, sample_rows.uniforms_at
+
+    def dropped(*a):
+        w = weigh(*a).clone()
+        w[:, 64:128] = 0
+        return w
+
+    def strict(first, *a):
+        up = torch.nextafter(first.law.bar, torch.full_like(first.law.bar, INF))
+        return weigh(first._replace(law=first.law._replace(bar=up)), *a)
+
+    def warm(first, *a):
+        return weigh(first._replace(law=first.law._replace(temperature=torch.ones_like(first.law.temperature))), *a)
+
+    def swapped(noise, columns):
+        return uniforms(noise, (columns + 3) // 4 * 4).view(-1, (columns + 3) // 4, 4).flip(-1).flatten(1)[:, :columns]
+
+    def in_place(noise, columns):
+        return uniforms(noise._replace(offsets=torch.zeros_like(noise.offsets)), columns)
+
+    def coarse(noise, columns):
+        return ((uniforms(noise, columns) * 2**10).floor() + 0.5) / 2**10
+
+    changes = {
+        "dropped_tile": ("weights", dropped), "bar_is_strict": ("weights", strict), "no_temperature": ("weights", warm),
+        "words_swapped": ("uniforms_at", swapped), "offset_ignored": ("uniforms_at", in_place), "coarse": ("uniforms_at", coarse),
+    }  # fmt: skip
+    x = torch.randn(17, 333, generator=torch.Generator().manual_seed(6)) / 5
+    monkeypatch.setattr(sample_rows, *changes[mistake])
+    with pytest.raises(AssertionError):
+        rows = rows_drawn(17, "cpu")
+        assert_drawn(operand_of(x, rows, 333, 0), noise_for(rows.shape[0], "cpu"), 333, 333, "reference")
 
 
 @pytest.mark.parametrize("backend,device", servers("sample_rows"))

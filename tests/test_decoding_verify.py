@@ -398,3 +398,39 @@ def test_bitwise_invariance(kind, backend, device):
     for x in noisy.values():
         x[..., 23:] = 50.0
     same(run(everyone, **noisy, valid_vocab=23), whole, backend != "reference")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_are_read_in_place(kind):
+    """Rows out of a longer and wider tensor, and int32 proposals, give what their contiguous copies give."""
+    r = torch.Generator().manual_seed(23)
+    block = some_block(6, 3, 21, 17, True, "normal", r)
+    rule = a_rule(kind, 6, r, True)
+    views = dict(block, proposals=block["proposals"].int())
+    for name in ("judge_logits", "proposer_logits"):
+        x = block[name]
+        longer = torch.full((x.shape[0], x.shape[1] + 2, x.shape[2] + 3), NAN)
+        longer[:, 1:-1, :-3] = x
+        views[name] = longer[:, 1:-1, :-3]
+    one, other = dk.verify(rule, **block, judge=Sampling(0.8)), dk.verify(rule, **views, judge=Sampling(0.8))
+    for name in ("valid", "num_accepted", "next_token", "next_source", "judge_rank"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    torch.testing.assert_close(one.judge_logprobs, other.judge_logprobs, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=lambda r: type(r).__name__)
+def test_launches_do_not_depend_on_the_block(monkeypatch, rule):
+    reference, calls = backends.module("reference"), []
+
+    def counted(name, honest):
+        return lambda *a: (calls.append(name), honest(*a))[1]
+
+    for name in ("filter_rows", "sample_rows", "weigh_rows", "vocab_stats"):
+        monkeypatch.setattr(reference, name, counted(name, getattr(reference, name)))
+    counts = []
+    for b, g in ((1, 1), (1, 6), (9, 6)):
+        calls.clear()
+        dk.verify(rule, torch.zeros(b, g, dtype=torch.int64), proposer_logits=torch.randn(b, g, 7), judge_logits=torch.randn(b, g + 1, 7), seeds=1,
+                  positions=torch.arange(b), judge=Sampling(0.7, top_p=0.9), proposer=Sampling(top_k=3), backend="reference")  # fmt: skip
+        counts.append(sorted(calls))
+    assert counts[0] == counts[1] == counts[2] and 3 <= len(counts[0]) <= 8

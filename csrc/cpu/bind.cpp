@@ -15,6 +15,8 @@
 namespace py = pybind11;
 using namespace distilkernels;
 
+void bind_store(py::module_&);  // store_bind.cpp
+
 namespace {
 
 using Pointer = uintptr_t;
@@ -158,6 +160,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("gather_dot", &products);
     m.def("gather_dot_hidden_grad", &products_hidden_grad);
     m.def("gather_dot_weight_grad", &products_weight_grad);
+    bind_store(m);
     m.def("topk_select", &select_topk);
     m.def("draw_rows", &draw);
     m.def("filter_rows", &filter);

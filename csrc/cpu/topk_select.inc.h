@@ -19,7 +19,8 @@ struct Order {
 
 // Columns [c, c + block) in the order and as z, −inf from `end` on.
 template <class V, Map map, class T>
-inline void load_both(typename V::F (&y)[4], typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const Transform<V, map>& f, const Order<V, map>& order) {
+inline void load_both(typename V::F (&y)[4], typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const Transform<V, map>& f,
+                      const Order<V, map>& order) {
     T rest[block<V>];
     const bool whole = end - c >= block<V>;
     const T* from = x + c;
@@ -43,7 +44,8 @@ inline void load_both(typename V::F (&y)[4], typename V::F (&z)[4], const T* x, 
 
 // Σ e^{z − ref} of [begin, end), and the largest of every lane.
 template <class V, Map map, class T>
-inline double sweep_tile(const T* x, int64_t begin, int64_t end, const Transform<V, map>& f, const Order<V, map>& order, double ref, typename V::S* tops) {
+inline double sweep_tile(const T* x, int64_t begin, int64_t end, const Transform<V, map>& f, const Order<V, map>& order, double ref,
+                         typename V::S* tops) {
     using F = typename V::F;
     const F reference = V::set(ref), zero = V::set(0);
     F sums[4] = {zero, zero, zero, zero}, top = V::set(-kInf);

@@ -104,7 +104,8 @@ def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Ten
     ordered = x.sort(dim=-1, descending=True).values
     p = ((ordered - top[:, None]) / t).exp()
     # of an entry, what lies strictly above it: the sums before the first of its equals
-    first = torch.searchsorted(-ordered.nan_to_num(-math.inf), -ordered.nan_to_num(-math.inf))
+    falling = -ordered.nan_to_num(-math.inf).contiguous()
+    first = torch.searchsorted(falling, falling)
     kept_k = (filters.top_k <= 0)[:, None] | (first < filters.top_k[:, None])
     p_k = torch.where(kept_k, p, 0.0)
     above = torch.nn.functional.pad(p_k.cumsum(-1), (1, 0)).gather(-1, first)
