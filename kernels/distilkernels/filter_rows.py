@@ -26,7 +26,7 @@ from torch import Tensor
 from ..primitives.filter_rows import Filters
 from . import tiles
 from .head import Launch, exp, on_device_of, row_offset, row_strides
-from .tiles import aligned, finite_or_0, loaded
+from .tiles import finite_or_0, loaded
 from .topk_select import _EMPTY_BITS, _keys, _order_of
 from .vocab_stats import _FAR, _INF, _NAN
 
@@ -44,9 +44,9 @@ class Config:
     records: int = 256
     fewest_warps: int = 8
     most_warps: int = 16
-    # logits a warp and step through the chosen tiles; rows at odd addresses need an address for each logit
-    step: int = 512
-    short_step: int = 256
+    # logits a warp and step through the chosen tiles: 8 a thread, with their keys, exponentials and three sums; 16 spill, and a step
+    # that depended on how a row lies in memory would change its bits
+    step: int = 256
     # of a key range of 2^24 (all maxima positive) 2^12 are left: a 4096th of a binade, far closer than tiles tell
     rounds: int = 12
 
@@ -286,11 +286,10 @@ def launches(
     first = Launch(_records_kernel, n * n_spans, shared | {"n_spans": n_spans, "ROWS": rows, "SPAN": max(span, rows * tile)}, tiles_config.num_warps)
     records = triton.next_power_of_2(n_tiles)
     warps = min(max(records // config.records, config.fewest_warps), config.most_warps)
-    step = config.step if aligned(logits) else config.short_step
     arguments = shared | {
         "chosen": torch.empty((n, field), dtype=torch.int32, device=logits.device), "top_k": filters.top_k, "top_p": filters.top_p,
         "min_p": filters.min_p, **out, "EMPTY": _EMPTY_BITS[logits.dtype], "ROUNDS": config.rounds,
-        "ROWS": min(max(step * warps // tile, 1), records), "RECORDS": records,
+        "ROWS": min(max(config.step * warps // tile, 1), records), "RECORDS": records,
     }  # fmt: skip
     return [first, Launch(_filter_kernel, n, arguments, warps)]
 

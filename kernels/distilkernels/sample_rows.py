@@ -70,7 +70,7 @@ def uniforms(seed, position, offset, stream, start, TILE: tl.constexpr):
 
 @triton.jit
 def exponential(u):
-    """−log1p(−u) to 3 ulp, from u = 2⁻³³ to 1 − 2⁻²⁴. The devices' logarithm has no digits left near 1.
+    """−log1p(−u) to 4e-7 of itself, from u = 2⁻³³ to 1 − 2⁻²⁴. The devices' logarithm has no digits left near 1.
 
     1 − u = 2^e·m with m in [√½, √2), log m = 2·artanh((m − 1)/(m + 1)); where e = 0, m − 1 is −u itself, whatever 1 − u rounds to.
     """
@@ -210,13 +210,13 @@ def _race_kernel(
         if STREAMS:
             word = tl.load(stream + draw)
         else:
-            word = stream.to(tl.int64)
+            word = seed * 0 + stream
         start = span * SPAN
         for base in range(start, tl.minimum(start + SPAN, columns), TILE):
             base = tl.multiple_of(base, TILE)
             column = base + tl.arange(0, TILE)
             x, _ = loaded(line, column, first_columns, 1)
-            q = _probability(x, column, tl.minimum(first_columns, columns), cold, inv_t, pivot, rest, bar, argmax)
+            q = _probability(x, column, first_columns, cold, inv_t, pivot, rest, bar, argmax)
             w = q
             if MODE != _PLAIN:
                 if other >= 0:
@@ -306,7 +306,7 @@ def _row_arguments(name: str, operand: Operand, columns: int) -> dict[str, objec
     stride_o, stride_i = row_strides(operand.logits)
     law = operand.law
     return {
-        name: operand.logits, f"{name}_rows": operand.rows, f"{name}_inner": operand.logits.shape[1], f"{name}_stride_o": stride_o,
+        name: operand.logits, f"{name}_rows": operand.rows.contiguous(), f"{name}_inner": operand.logits.shape[1], f"{name}_stride_o": stride_o,
         f"{name}_stride_i": stride_i, f"{name}_columns": min(columns, operand.logits.shape[2]),
         **{f"{name}_{field}": getattr(law, field).contiguous() for field in ("temperature", "bar", "lse", "argmax")},
     }  # fmt: skip
