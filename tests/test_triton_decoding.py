@@ -40,11 +40,12 @@ INF, NAN = math.inf, math.nan
 @pytest.mark.parametrize(
     "file,selection",
     [
-        # draws in one dtype: the others, and cuts of a row, are in test_native_*
-        ("test_decoding_primitives.py", "triton-cpu and not real_vocabulary and not cpu-float16 and not (weigh and cpu-bfloat16)"),
+        # one dtype: the others, and cuts of a row, are in test_native_*. Left out too: contents and views that those or other cases have
+        ("test_decoding_primitives.py", "triton-cpu and cpu-float32 and not ascending and not block and not transposed and not four_d"),
+        ("test_decoding_primitives.py", "triton-cpu and (ties or residual_of_equal or equal_uniforms or no_draws)"),
         ("test_triton_decoding.py", "native"),
     ],
-    ids=["primitives", "seams"],
+    ids=["primitives", "equals", "seams"],
 )
 def test_under_the_interpreter(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -71,7 +72,7 @@ def narrow():
     from distilkernels.kernels.filter_rows import CONFIG
     from distilkernels.kernels.tiles import CONFIG as TILES
 
-    return {"tiles_config": replace(TILES, step_bytes=1 << 10, span_bytes=1 << 12, widest=64), "config": replace(CONFIG, step=32)}
+    return {"tiles_config": replace(TILES, step_bytes=1 << 10, span_bytes=1 << 12, widest=64), "config": replace(CONFIG, step=64)}
 
 
 def filters_of(n, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -92,36 +93,36 @@ def assert_law(got, x, filters, tolerance=2e-6):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_native_bars_at_the_seams(dtype):
     """Bars among equals on both sides of every cut, in rows with empty tiles, of both signs, far from 0."""
-    vocab, seams = 4096 + 333, [0, 31, 32, 63, 64, 255, 256, 1023, 1024, 2047, 2048, 4095, 4096, 4096 + 332]
+    vocab, seams = 2048 + 333, [0, 31, 32, 63, 64, 255, 256, 511, 512, 1023, 1024, 2047, 2048, 2048 + 332]
     x = torch.randn(6, vocab, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[0, seams] = 9.0
-    x[1, 64:4000] = -INF
+    x[1, 64:2000] = -INF
     x[2] = torch.arange(vocab) % 3
     x[3] = -200 - x[3].abs()
     x[4] = -INF
     x[4, seams] = torch.arange(len(seams)).to(dtype)
     x[5] = 0.0
     x[5, 1::2] = -0.0
-    for k in (1, len(seams), len(seams) + 1, 500, 1477, vocab - 1):
+    for k in (1, len(seams), 700):
         filters = filters_of(6, top_k=k)
         assert_law(law_by_kernel(x, filters, **narrow()), x, filters)
 
 
 @on_triton
-@pytest.mark.parametrize("temperature", [0.25, 1.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.25, 3.0])
 def test_native_nuclei(temperature):
     """Masses that flat, peaked and clustered rows reach within, at and behind one column; each filter alone and all of them."""
-    x = torch.randn(5, 3001, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(5, 1801, generator=torch.Generator().manual_seed(2))
     x[1] *= 12
     x[2, 1000:1003] = 7.0
     x[3] = -3e4 - x[3].abs()
     x[4] = -INF
-    x[4, [5, 2999]] = 1.0
+    x[4, [5, 1799]] = 1.0
     for filters in (
         filters_of(5, temperature, top_p=[0.9, 0.5, 0.3, 0.999, 0.4]),
         filters_of(5, temperature, top_p=[1e-9, 0.0, 0.97, 0.01, 0.6]),
         filters_of(5, temperature, min_p=[0.05, 1e-7, 0.5, 0.3, 1.0]),
-        filters_of(5, temperature, [300, 2, 4, 2000, 1], [0.7, 0.9, 0.8, 0.5, 0.9], [0.0, 0.2, 0.0, 1e-3, 0.5]),
+        filters_of(5, temperature, [300, 2, 4, 1500, 1], [0.7, 0.9, 0.8, 0.5, 0.9], [0.0, 0.2, 0.0, 1e-3, 0.5]),
     ):
         # e^{x/T} at 3e4 is known to 2e-3 · 2⁻²³ / T
         assert_law(law_by_kernel(x, filters, **narrow()), x, filters, tolerance=1e-5)
@@ -172,7 +173,7 @@ def race(one, two, scale, mode, columns, vocab, noise, **config):
 def short_spans():
     from distilkernels.kernels.sample_rows import CONFIG
 
-    return {"config": replace(CONFIG, tile=64, span=256, rank_tile=128, rank_span=512)}
+    return {"config": replace(CONFIG, tile=128, span=256, rank_tile=128, rank_span=512)}
 
 
 @on_triton
@@ -181,18 +182,18 @@ def short_spans():
 def test_native_draws_are_the_reference_s(dtype, mode):
     """Many spans: of no weight, of weights that cannot win and are passed over, and of the ones that do; rows −1 on either side."""
     g = torch.Generator().manual_seed(4)
-    x = (torch.randn(4, 1501, generator=g) * 3).to(dtype)
-    x[1, :1400] -= 40
-    x[2] = torch.randint(-2, 3, (1501,), generator=g).to(dtype)
-    y = (x.float() + torch.randn(4, 1501, generator=g)).to(dtype)
-    rows, others = torch.tensor([0, 1, 2, 3, -1, 0, 1, 2] * 2), torch.tensor([0, 1, 2, 3, 0, -1, 0, 2] * 2)
+    x = (torch.randn(4, 901, generator=g) * 3).to(dtype)
+    x[1, :800] -= 40
+    x[2] = torch.randint(-2, 3, (901,), generator=g).to(dtype)
+    y = (x.float() + torch.randn(4, 901, generator=g)).to(dtype)
+    rows, others = torch.tensor([0, 1, 2, 3, -1, 0, 1, 2]), torch.tensor([0, 1, 2, 3, 0, -1, 0, 2])
     one, two, scale = operand(x, rows, filters_for(4, 15, "cpu")), None, None
     if mode != "plain":
         two = operand(y, others, filters_of(4, top_k=[0, 40, 0, 0]))
-        scale = torch.linspace(0.2, 1.0, 16, dtype=torch.float64) if mode == "residual" else None
+        scale = torch.linspace(0.2, 1.0, 8, dtype=torch.float64) if mode == "residual" else None
         rows = torch.where(others < 0, -1, rows) if mode == "gate" else rows
         one = one if mode == "residual" else operand(x, rows, filters_for(4, 2, "cpu"))
-    (got, total), (exact, exact_total) = race(one, two, scale, mode, 1501, 1480, noise_for(16, "cpu", torch.arange(16) % 6), **short_spans())
+    (got, total), (exact, exact_total) = race(one, two, scale, mode, 901, 880, noise_for(8, "cpu", torch.arange(8) % 6), **short_spans())
     assert torch.equal(got.compared, exact.compared) and (got.token == exact.token).float().mean() > 0.9
     same = got.token == exact.token
     assert torch.equal(got.rank[same], exact.rank[same]) and torch.equal(got.value[same].double().nan_to_num(), exact.value[same].nan_to_num())
@@ -248,17 +249,17 @@ def test_native_noise_to_the_bit():
 @on_triton
 def test_native_a_row_is_alone():
     """A row's bits do not depend on its neighbours, nor from one call to the next, nor on how the row is cut for a race."""
-    x = torch.randn(5, 3001, generator=torch.Generator().manual_seed(7))
+    x = torch.randn(5, 1501, generator=torch.Generator().manual_seed(7))
     filters = filters_for(5, 14, "cpu")
     whole, again = law_by_kernel(x, filters, **narrow()), law_by_kernel(x, filters, **narrow())
     alone = law_by_kernel(x[3:4], Filters(*(t[3:4] for t in filters)), **narrow())
     for one, two, three in zip(whole, again, alone):
         assert torch.equal(one, two) and torch.equal(one[3:4], three)
     noise, rows = noise_for(5, "cpu"), torch.arange(5)
-    (got, total), _ = race(operand(x, rows, filters), None, None, "plain", 3001, 3001, noise, **short_spans())
-    (uncut, _), _ = race(operand(x, rows, filters), None, None, "plain", 3001, 3001, noise)
+    (got, total), _ = race(operand(x, rows, filters), None, None, "plain", 1501, 1501, noise, **short_spans())
+    (uncut, _), _ = race(operand(x, rows, filters), None, None, "plain", 1501, 1501, noise)
     part = Noise(*(t[3:4] for t in noise[:3]), noise.stream)
-    (single, weight), _ = race(operand(x, rows[3:4], filters), None, None, "plain", 3001, 3001, part, **short_spans())
+    (single, weight), _ = race(operand(x, rows[3:4], filters), None, None, "plain", 1501, 1501, part, **short_spans())
     assert all(torch.equal(one, two) and torch.equal(one[3:4], three) for one, two, three in zip(got, uncut, single)) and weight == total[3]
 
 
@@ -299,7 +300,6 @@ VARIANTS = {
     "filter-bfloat16": lambda: filter_case(torch.bfloat16),
     "filter-float32": lambda: filter_case(torch.float32),
     "filter-odd_vocab": lambda: filter_case(torch.float16, QWEN + 1),
-    "filter-million": lambda: filter_case(torch.bfloat16, 1 << 20),
     "filter-one_column": lambda: filter_case(torch.float32, 1),
     "draw-plain": lambda: draw_case(torch.bfloat16, stream=1),
     "draw-residual": lambda: draw_case(torch.bfloat16, "residual"),

@@ -9,7 +9,7 @@ search near the bar, and only tiles whose largest entry reaches it are read agai
 or 19 bits of key, at most 10 rounds; float32 at most 16; fewer where one entry is left between the bars sooner. min_p has its bar by a
 formula.
 
-Bytes at V = 151,936 in 16 bits, of the row's 303,872: read 1.000, records written 0.047 and read 0.047 (and 0.031 more of them from
+Bytes at V = 151,936 in 16 bits, of the row's 303,872: read 1.000, records written 0.047 and read 0.047 (and 0.047 again from
 cache a search); scratch 16 bytes a tile, 19,200 a row. A row without filters, or at T = 0, costs one tile more. With top_k = 50 at most
 50 tiles, but for equal ones, are read again, 0.042 a round from cache; a row as flat as its own nucleus reads all of them.
 """
