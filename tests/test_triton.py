@@ -256,7 +256,7 @@ VARIANTS = {
 
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.bool: "*i1", torch.int64: "*i64",
 }  # fmt: skip
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..primitives.draw_rows import Draws
+from ..primitives.filter_rows import Filters
 from ..primitives.head import Head
+from ..primitives.sample_rows import Drawn, Noise, Operand
 from ..primitives.topk_select import TopK
 
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows",
+    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows",
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -112,3 +114,23 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     from ..kernels.draw_rows import draw_rows as launch
 
     launch(logits, tau, seeds, positions, head, out)
+
+
+def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
+    from ..kernels.filter_rows import filter_rows as launch
+
+    launch(logits, columns, filters, out)
+
+
+def sample_rows(
+    first: Operand, second: Operand | None, scale: Tensor | None, mode: str, columns: int, vocab: int, noise: Noise, out: Drawn
+) -> None:
+    from ..kernels.sample_rows import sample_rows as launch
+
+    launch(first, second, scale, mode, columns, vocab, noise, out)
+
+
+def weigh_rows(first: Operand, second: Operand | None, scale: Tensor | None, mode: str, columns: int, out: Tensor) -> None:
+    from ..kernels.sample_rows import weigh_rows as launch
+
+    launch(first, second, scale, mode, columns, out)
