@@ -22,13 +22,13 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
     if (n > 1) narrow(-kInf, x[0]);
     std::vector<int64_t> ids(n * k);
     for (int64_t i = 0; i < n * k; ++i) ids[i] = int64_t(generator() % (vocab + 2)) - 1;
-    std::vector<double> lse(n), tail(n), mu(n), sum(n), t1(n), top(n), coef(6 * n);
+    std::vector<double> lse(n), tail(n), mu(n), sum(n), t1(n), top(n), second(n), coef(6 * n);
     std::vector<int64_t> finite(n), argmax(n), rank(n * k);
     std::vector<S> gathered(n * k), above(n * k), entries(n * k, S(1));
     const Rows rows{x.data(), outer, inner, vocab, inner * stride, stride};
     const Ids all{k ? ids.data() : nullptr, true, k};
 
-    VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(),
+    VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(), second.data(),
                  finite.data(), argmax.data(), rank.data(), gathered.data(), above.data()};
     for_items(a, 2, kernels().vocab_stats);
     for (int64_t r = 0; r < n; ++r) {
