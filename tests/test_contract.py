@@ -80,6 +80,8 @@ def test_statistics_and_gradient(case, backend, device, dtype):
     assert got_grad.dtype == dtype and got_grad.shape == logits.shape
     assert not got_grad.cpu()[~nan_rows].isnan().any()
     ulp = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-12}[dtype]
+    if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+        ulp = 2.0**-7  # the interpreter cuts a float32 off where a device rounds it
     close("gradient", got_grad.cpu()[~nan_rows], same_grad[~nan_rows], exact_grad[~nan_rows], ulp)
 
 
@@ -203,6 +205,16 @@ def test_opcheck(case, backend, device):
     entries = torch.randn(n, case.k, device=device)
     backward = torch.ops.distilkernels.vocab_stats_backward.default
     torch.library.opcheck(backward, (rows.detach(), ids, entries, coef, "linear,constant,t1", False, *head, backend))
+
+
+@pytest.mark.parametrize("want", [("logit_sum",), ("lse", "logit_sum"), ("lse_t1",), ("max",)], ids="+".join)
+@pytest.mark.parametrize("backend,device", servers("vocab_stats"))
+def test_large_logits_without_their_lse(backend, device, want):
+    """A term that is not asked for does not overflow at z = 1e4, where e^z would."""
+    x = torch.linspace(-1e4, 1e4, 133, device=device).expand(2, 133).contiguous()
+    _, grad = run(x, None, want, backend, {"temperature": 0.5})
+    _, exact = run(x.double().cpu(), None, want, "reference", {"temperature": 0.5})
+    torch.testing.assert_close(grad.double().cpu(), exact, rtol=1e-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("backend,device", servers("vocab_stats"))

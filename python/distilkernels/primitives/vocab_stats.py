@@ -170,7 +170,9 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
     zero = upstream.new_zeros(upstream.shape[0], dtype=row_dtype(upstream.device))
     g = {name: grads.get(name) for name in DIFFERENTIABLE}
     g_lse, g_mu, tail = g["lse"], g["expected_logit"], g["tail_lse"]
-    lse, mu = stats.get("lse", zero), stats.get("expected_logit")
+    # the reference of a term that is not asked for: far above, so that its exponentials are 0 and not 0·∞
+    far = zero + 1e30
+    lse, mu = stats.get("lse", far), stats.get("expected_logit")
 
     def of_softmax(at: Tensor) -> Tensor:
         """The factor of q_v at an entry whose z is `at` ([N] or [N, K])."""
@@ -190,7 +192,7 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
         b = zero if g_mu is None else torch.where(g_mu == 0, 0.0, q_tail * g_mu)
     c = zero if g["logit_sum"] is None else g["logit_sum"]
     d = zero if g["lse_t1"] is None else g["lse_t1"] * head.temperature
-    lse_t1 = zero if g["lse_t1"] is None else stats["lse_t1"]
+    lse_t1 = far if g["lse_t1"] is None else stats["lse_t1"]
     coef = torch.stack([ref, a, b, c, d, lse_t1], 1).to(zero.dtype)
     terms = tuple(
         term for term, of in (("linear", g_mu), ("constant", g["logit_sum"]), ("t1", g["lse_t1"])) if of is not None
