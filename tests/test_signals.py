@@ -116,7 +116,9 @@ def test_extreme_rows(backend, device):
     """One-hot, uniform, shifted by 1e4, one finite column, every other one, spreads of 1e4: finite, in bounds, right; so is the gradient."""
     x = extreme_rows().to(device).requires_grad_()
     got = signals.from_logits(x, x.argmax(-1), backend=backend)
-    assert_signals(signals.TokenSignals(*(t.detach().cpu() for t in got)), plain(x.detach().cpu(), x.argmax(-1).cpu()), 1e-3 if backend == "reference" else 1e-5)
+    exact = plain(x.detach().cpu(), x.argmax(-1).cpu())
+    # float32 PyTorch rounds an lse of 1e4 to 1e-3
+    assert_signals(signals.TokenSignals(*(t.detach().cpu() for t in got)), exact, 1e-3 if backend == "reference" else 1e-5)
     assert (got.entropy >= 0).all() and (got.entropy <= math.log(1031) * (1 + 1e-6)).all()
     assert (got.self_certainty >= 0).all() and (got.confidence <= 1).all()
     assert got.entropy[[0, 3]].eq(0).all()
