@@ -49,7 +49,7 @@ class BuildExtension(build_ext):
 extension = Pybind11Extension(
     "distilkernels._cpp",
     sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.cpp")),
-    depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").glob("*.h")),
+    depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
     include_dirs=["csrc/cpu"],
     cxx_std=17,
     # no contraction: a logit must round the same way wherever it is compared, so kernels write their fma's out
@@ -59,7 +59,7 @@ extension = Pybind11Extension(
 setup(
     package_dir=TREES,
     packages=packages(),
-    package_data={"distilkernels.csrc": ["cuda/*.cu", "cuda/*.cuh"], "distilkernels": ["py.typed"]},
+    package_data={"distilkernels.csrc": ["cuda/*.cu", "cuda/*.cuh", "*.h"], "distilkernels": ["py.typed"]},
     ext_modules=[extension] if extension.sources else [],
     cmdclass={"build_ext": BuildExtension},
 )

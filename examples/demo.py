@@ -2,7 +2,8 @@
 
 A tokenizer and a teacher are trained on text that every Python installation carries. The teacher's top-k is captured
 once, over a transfer set that is a part of the teacher's own text. Three students of one size then see the same batches
-in the same order from the same initial weights, and differ in their loss alone: labels, forward KL, reverse KL.
+in the same order from the same initial weights, and differ in their loss alone: labels, forward KL, reverse KL. A fourth
+repeats forward KL with rows read from a store on disk: the offline path, which is how a large teacher is used.
 
 Both distilled students minimise ``D(p ‖ q) + CE_WEIGHT · cross-entropy`` with ``tail="bucket"``, so the mass that the
 teacher has outside its K tokens counts too. Reverse KL is the other end of the family (mode-seeking, what on-policy
@@ -21,13 +22,14 @@ import functools
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import distilkernels as dk
 
@@ -81,6 +83,8 @@ STUDENTS = (
     _distilled_student("forward KL", "forward_kl"),
     _distilled_student("reverse KL", "reverse_kl"),
 )
+ONLINE = STUDENTS[1]
+OFFLINE = ONLINE._replace(name="forward KL, stored")
 
 
 class Data(NamedTuple):
@@ -125,28 +129,54 @@ def prepare(steps: Steps) -> Data:
 def train_teacher(data: Data, steps: int, seed: int) -> transformers.LlamaForCausalLM:
     model = training.causal_lm(TEACHER, VOCAB_SIZE, LENGTH, seed)
 
-    def objective(logits: Tensor, rows: Tensor) -> Tensor:
-        return -dk.token_logprobs(logits, data.teacher[rows, 1:], inplace_backward=True).mean()
+    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+        return -dk.token_logprobs(logits, labels, inplace_backward=True).mean()
 
-    training.train(model, data.teacher, objective, steps=steps, batch_size=BATCH, peak_lr=TEACHER_LR, seed=seed, stage="teacher")
+    windows = (data.teacher[rows] for rows in training.batches(len(data.teacher), BATCH, steps, seed))
+    training.train(model, ((w[:, :-1], w[:, 1:]) for w in windows), objective, steps=steps, peak_lr=TEACHER_LR, stage="teacher")
     return model
 
 
-def train_student(student: Student, data: Data, teacher: dk.TeacherTopK, steps: int, seed: int):
-    """The trained model and its curve of (step, held-out loss); `seed` gives the initial weights and the order of the batches."""
+Batches = Iterator[tuple[Tensor, tuple[dk.TeacherTopK, Tensor]]]
+"""Input ids [B, T], and the teacher's rows and the labels at the same positions."""
+
+
+def from_memory(data: Data, teacher: dk.TeacherTopK, steps: int, seed: int) -> Batches:
+    for rows in training.batches(len(data.transfer), BATCH, steps, seed):
+        yield data.transfer[rows, :-1], (teacher[rows], data.transfer[rows, 1:])
+
+
+def from_store(path: Path, steps: int, seed: int) -> Batches:
+    """The same batches from the store alone: its documents are the windows, with their tokens."""
+    dataset = dk.store.TopKDataset(path)
+    order = [rows.tolist() for rows in training.batches(len(dataset), BATCH, steps, seed)]
+    for batch in DataLoader(dataset, batch_sampler=order, collate_fn=dk.store.TopKCollator(pad_token_id=0)):
+        # the last token of a window is a label only
+        yield batch["input_ids"][:, :-1], (batch["teacher"][:, :-1], batch["labels"][:, :-1])
+
+
+def write_store(path: Path, windows: Tensor, teacher: dk.TeacherTopK) -> dk.store.StoreInfo:
+    """One document a window: its tokens [LENGTH + 1] and the rows that predict all but the first."""
+    with dk.store.TopKWriter(path, TOP_K, VOCAB_SIZE, teacher="the demo's", mode="overwrite") as writer:
+        for i in range(len(windows)):
+            writer.append(teacher[i], i, tokens=windows[i])
+    return dk.store.info(path)
+
+
+def train_student(student: Student, batches: Batches, data: Data, steps: int, seed: int):
+    """The trained model and its curve of (step, held-out loss); `seed` gives the initial weights."""
     model = training.causal_lm(STUDENT, VOCAB_SIZE, LENGTH, seed)
     curve: list[tuple[int, float]] = []
 
-    def objective(logits: Tensor, rows: Tensor) -> Tensor:
-        return student.loss(logits, teacher[rows], data.transfer[rows, 1:], inplace=True)
+    def objective(logits: Tensor, targets: tuple[dk.TeacherTopK, Tensor]) -> Tensor:
+        return student.loss(logits, *targets, inplace=True)
 
     def on_step(step: int) -> None:
         curve.append((step, training.heldout_loss(model, data.heldout, EVAL_BATCH).mean().item()))
 
     training.train(
-        model, data.transfer, objective, steps=steps, batch_size=BATCH, peak_lr=STUDENT_LR, seed=seed,
-        stage=f"student: {student.name}", every=math.ceil(steps / 8), on_step=on_step,
-    )  # fmt: skip
+        model, batches, objective, steps=steps, peak_lr=STUDENT_LR, stage=f"student: {student.name}", every=math.ceil(steps / 8), on_step=on_step
+    )
     return model, curve
 
 
@@ -221,33 +251,45 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     clock.stage("corpus and tokenizer")
     teacher = train_teacher(data, steps.teacher, seed)
     clock.stage("teacher")
-    # float32: 640 windows of 32 ids and log-probs are 21 MB; dk.store is for captures that do not fit in memory
     targets = training.capture(teacher, data.transfer, TOP_K, EVAL_BATCH)
     print(f"captured the top {TOP_K} of {VOCAB_SIZE:,} at {targets.shape.numel():,} tokens: mean teacher mass {targets.mass().mean():.3f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "teacher-store"
+    stored = write_store(path, data.transfer, targets)
+    raw = sum(t.nbytes for t in targets.tensors().values()) / targets.shape.numel()
+    print(f"stored in {path}: {stored.bytes_per_row:.1f} bytes a token, {raw:.0f} in memory")
     clock.stage("capture")
 
-    rows, curves, errors = [], {}, []
-    labels_loss = None
-    for student in STUDENTS:
-        model, curves[student.name] = train_student(student, data, targets, steps.student, seed + 1)
+    rows, curves, errors, losses = [], {}, [], {}
+    for student in (*STUDENTS, OFFLINE):
+        batches = from_store(path, steps.student, seed + 1) if student is OFFLINE else from_memory(data, targets, steps.student, seed + 1)
+        model, curves[student.name] = train_student(student, batches, data, steps.student, seed + 1)
         found = training.compare(model, teacher, data.heldout, EVAL_BATCH, "evaluation")
-        if labels_loss is None:
+        if not losses:
             rows.append(result_row("teacher", teacher, training.compare(teacher, teacher, data.heldout, EVAL_BATCH, "evaluation")))
-            labels_loss = found.loss
-        cost = costs(student, model, data, targets)
-        errors.append((cost.value_error, cost.grad_error))
-        gain = gain_columns(labels_loss, found.loss) if student is not STUDENTS[0] else {}
-        rows.append(result_row(student.name, model, found) | gain | cost_columns(cost))
+        losses[student.name] = found.loss
+        row = result_row(student.name, model, found)
+        if student is not STUDENTS[0]:
+            row |= gain_columns(losses[STUDENTS[0].name], found.loss)
+        if student is not OFFLINE:
+            cost = costs(student, model, data, targets)
+            errors.append((cost.value_error, cost.grad_error))
+            row |= cost_columns(cost)
+        rows.append(row)
         clock.stage(student.name)
 
-    folder.mkdir(parents=True, exist_ok=True)
     report.save(rows, curves, rows[0]["loss"], folder)
     print(f"\n{report.table(rows, report.QUALITY)}")
     print(
         "Nats per token on the held-out files; KL(teacher || student) over the full vocabulary; agreement of the most probable token;\n"
         "gain: labels-only loss minus this loss, with its standard error over held-out windows (evaluation only: one training seed)."
     )
-    print(f"\n{report.table(rows[1:], report.COST)}")
+    difference = losses[OFFLINE.name] - losses[ONLINE.name]
+    print(
+        f"From the store, {stored.bytes_per_row:.1f} bytes a token with log-probs to {stored.manifest.max_logprob_error:g} nats, the held-out loss "
+        f"is {difference.mean():+.4f} from online\n(largest difference of a window {difference.abs().max():.4f}): same weights, same batches, same order."
+    )
+    print(f"\n{report.table(rows[1 : 1 + len(STUDENTS)], report.COST)}")
     print(
         f"Forward + backward of the loss alone on {EVAL_BATCH * LENGTH:,} rows of {VOCAB_SIZE:,} float32 logits "
         f"({EVAL_BATCH * LENGTH * VOCAB_SIZE * 4 / 2**20:.0f} MiB): medians of {measure.REPEATS} alternating runs, and\n"

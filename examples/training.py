@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ import distilkernels as dk
 
 from .progress import progress
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""``objective(logits [B, T, V], rows [B]) -> loss``; `rows` are the batch's windows."""
+Objective = Callable[[Tensor, Any], Tensor]
+"""``objective(logits [B, T, V], targets) -> loss``; `targets` is what the batch has beside its inputs."""
 
 
 class Size(NamedTuple):
@@ -49,7 +49,7 @@ def parameters_in_millions(model: torch.nn.Module) -> float:
 
 
 def batches(num_windows: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches of window numbers: one shuffled epoch after the other."""
+    """`steps` batches of window numbers: one shuffled epoch after the other. A sampler for a DataLoader, too."""
     generator = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -68,18 +68,19 @@ def _learning_rate(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, windows: Tensor, objective: Objective, *, steps: int, batch_size: int, peak_lr: float, seed: int,
-    stage: str, every: int = 0, on_step: Callable[[int], None] | None = None,
+    model: LlamaForCausalLM, data: Iterable[tuple[Tensor, Any]], objective: Objective, *, steps: int, peak_lr: float, stage: str,
+    every: int = 0, on_step: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """AdamW on `objective`; `on_step(step)` is called before the first step, every `every` steps and at the end."""
+    """AdamW on `objective` over `steps` batches of (input ids [B, T], targets); `on_step(step)` is called before the first step,
+    every `every` steps and at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps))
-    bar = progress(batches(len(windows), batch_size, steps, seed), stage, steps)
-    for step, rows in enumerate(bar):
+    bar = progress(data, stage, steps)
+    for step, (inputs, targets) in enumerate(bar):
         if on_step is not None and every and step % every == 0:
             on_step(step)
         model.train()
-        loss = objective(model(input_ids=windows[rows, :-1]).logits, rows)
+        loss = objective(model(input_ids=inputs).logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,5 +22,10 @@ def test_a_short_demo(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for word in ("teacher", "labels only", "forward KL", "reverse KL", "held-out loss", "agreement"):
         assert word in done.stdout
+    # the fourth student repeats the second from the store: the same run up to the rounding of its log-probs
+    with (tmp_path / "results.csv").open() as file:
+        loss = {row["model"]: float(row["loss"]) for row in csv.DictReader(file)}
+    assert abs(loss["forward KL, stored"] - loss["forward KL"]) < 2e-3 < abs(loss["forward KL"] - loss["reverse KL"])
+    assert 2.5 * 32 < float(re.search(r"From the store, ([0-9.]+) bytes a token", done.stdout)[1]) < 3.5 * 32 + 16
     names = {p.suffix for p in tmp_path.iterdir()}
     assert ".png" in names and names & {".csv", ".json"}

@@ -83,15 +83,15 @@ def test_wheel_from_sdist(sdist, tmp_path, without_torch):
     wheel = wheel_of(unpacked(sdist, tmp_path / "tree"), tmp_path / "out", without_torch)
     names = zipfile.ZipFile(wheel).namelist()
     for wanted in ("distilkernels/__init__.py", "distilkernels/py.typed", "distilkernels/primitives/vocab_stats.py",
-                   "distilkernels/kernels/vocab_stats.py", "distilkernels/csrc/__init__.py",
-                   "distilkernels/csrc/cuda/topk_select.cu", "distilkernels/csrc/cuda/ptx.cuh"):  # fmt: skip
+                   "distilkernels/kernels/vocab_stats.py", "distilkernels/cli/capture.py", "distilkernels/csrc/__init__.py",
+                   "distilkernels/csrc/philox.h", "distilkernels/csrc/cuda/topk_select.cu", "distilkernels/csrc/cuda/ptx.cuh"):  # fmt: skip
         assert wanted in names
     assert any(n.startswith("distilkernels/_cpp.") and n.endswith(".so") for n in names)
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert not any(n.startswith(("tests/", "benchmarks/", "kernels/", "csrc/")) for n in names)
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     assert "Requires-Dist: torch>=2.6" in metadata and "License-Expression: Apache-2.0" in metadata
-    for extra in ("triton", "cuda", "transformers", "test", "bench"):
+    for extra in ("triton", "cuda", "transformers", "capture", "test", "bench"):
         assert f"Provides-Extra: {extra}" in metadata
     assert "openmp True" in use(wheel, tmp_path / "installed")
 

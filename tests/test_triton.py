@@ -196,7 +196,7 @@ def test_native_backward(dtype, head):
 def test_refusals_are_sentences():
     backend = backends.module("triton")
     assert "got a cpu tensor" in backend.why_not("vocab_stats", torch.empty(1, 1, 8))
-    assert "no Triton kernel for topk_select" in backend.why_not("topk_select", torch.empty(1))
+    assert "no Triton kernel for window_scores" in backend.why_not("window_scores", torch.empty(1))
     code = (
         "import sys, torch, distilkernels as dk; dk.vocab_stats(torch.randn(2, 9)); dk.backends.support(['cpu'])\n"
         "assert 'triton' not in sys.modules"

@@ -15,6 +15,8 @@
 namespace py = pybind11;
 using namespace distilkernels;
 
+void bind_store(py::module_&);  // store_bind.cpp
+
 namespace {
 
 using Pointer = uintptr_t;
@@ -105,6 +107,20 @@ void products_weight_grad(Pointer grad, int64_t slots, const MatrixNumbers& hidd
     for_items(a, threads, kernels().gather_dot_weight_grad);
 }
 
+void select_topk(int dtype, Pointer logits, const Shape& shape, const HeadNumbers& h, int64_t k, int threads, const std::array<Pointer, 4>& out) {
+    const TopkSelect a{DType(dtype), rows(logits, shape), head(h), k, at<void>(out[0]), at<int32_t>(out[1]), at<double>(out[2]), at<double>(out[3])};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().topk_select);
+}
+
+void draw(int dtype, Pointer logits, const Shape& shape, const HeadNumbers& h, double tau, Pointer seeds, Pointer positions, int64_t count,
+           int threads, const std::array<Pointer, 4>& out) {
+    const DrawRows a{DType(dtype), rows(logits, shape), head(h), tau, at<int64_t>(seeds), at<int64_t>(positions), count,
+                     at<int32_t>(out[0]), at<void>(out[1]), at<double>(out[2]), at<double>(out[3])};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().draw_rows);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
@@ -114,6 +130,9 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("gather_dot", &products);
     m.def("gather_dot_hidden_grad", &products_hidden_grad);
     m.def("gather_dot_weight_grad", &products_weight_grad);
+    bind_store(m);
+    m.def("topk_select", &select_topk);
+    m.def("draw_rows", &draw);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);

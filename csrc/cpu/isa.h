@@ -15,6 +15,8 @@ struct Kernels {
     void (*gather_dot)(const GatherDot&, Scratch&, int64_t begin, int64_t end);
     void (*gather_dot_hidden_grad)(const GatherDotHiddenGrad&, Scratch&, int64_t begin, int64_t end);
     void (*gather_dot_weight_grad)(const GatherDotWeightGrad&, Scratch&, int64_t begin, int64_t end);
+    void (*topk_select)(const TopkSelect&, Scratch&, int64_t begin, int64_t end);
+    void (*draw_rows)(const DrawRows&, Scratch&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

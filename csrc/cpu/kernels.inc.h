@@ -5,5 +5,8 @@
 #include "vocab_stats.inc.h"
 #include "vocab_stats_backward.inc.h"
 #include "gather_dot.inc.h"
+#include "topk_select.inc.h"
+#include "draw_rows.inc.h"
 
-extern const Kernels kernels = {vocab_stats, vocab_stats_backward, gather_dot, gather_dot_hidden_grad, gather_dot_weight_grad};
+extern const Kernels kernels = {vocab_stats, vocab_stats_backward, gather_dot, gather_dot_hidden_grad, gather_dot_weight_grad,
+                                topk_select, draw_rows};

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../philox.h"
 #include "isa.h"
 
 #if defined(__clang__)

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "../philox.h"
 #include "isa.h"
 
 namespace distilkernels {

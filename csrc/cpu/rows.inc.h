@@ -104,15 +104,6 @@ inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end
     if (__builtin_expect(gone != 0, 0)) hide<V>(z, gone);
 }
 
-template <class V>
-inline typename V::S max_of(typename V::F x) {
-    typename V::S lanes[V::width];
-    V::store(lanes, x);
-    auto top = lanes[0];
-    for (int i = 1; i < V::width; ++i) top = lanes[i] > top ? lanes[i] : top;
-    return top;
-}
-
 // f(z-type tag) with the vector and element types of a dtype.
 template <class Visitor>
 inline void visit_dtype(DType dtype, Visitor&& visit) {

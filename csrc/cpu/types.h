@@ -1,6 +1,7 @@
 // Arguments of the kernels: raw pointers, sizes and strides. Included before any ISA pragma, so all of this is baseline code.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -170,6 +171,50 @@ struct GatherDotWeightGrad {
     int64_t numbers() const { return pairs * hidden.columns; }
 };
 
+// The k largest of each row. values [N, k] is double for double logits, else float; ids [N, k].
+struct TopkSelect {
+    DType dtype;
+    Rows logits;
+    Head head;
+    int64_t k;
+    void* values;
+    int32_t* ids;
+    double *lse, *tail_lse;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return items() * logits.vocab; }
+
+    // Columns that are summed, and read again, together: few enough that eight lanes of each are 1.5 k in all, or the largest
+    // entries of lanes would bound nothing; a tile costs as much as 100 entries, so no fewer than that takes.
+    int64_t tile() const {
+        int64_t columns = 512;
+        while (columns > 64 && 3 * k * columns > 16 * head.columns) columns /= 2;
+        return columns;
+    }
+    int64_t tiles() const { return (head.columns + tile() - 1) / tile(); }
+    // Candidates that are held before all but k are dropped.
+    int64_t capacity() const { return 4 * k + 256; }
+};
+
+// `draws` ids of each row from the softmax of tau·z; seeds and positions [N], values as for TopkSelect.
+struct DrawRows {
+    DType dtype;
+    Rows logits;
+    Head head;
+    double tau;
+    const int64_t *seeds, *positions;
+    int64_t draws;
+    int32_t* ids;
+    void* values;
+    double *lse, *lse_tau;
+
+    static constexpr int64_t kTile = 256;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return items() * logits.vocab; }
+    int64_t tiles() const { return (head.columns + kTile - 1) / kTile; }
+};
+
 // One thread's working memory, allocated before the parallel region so that nothing throws inside it.
 struct Scratch {
     struct Bar {
@@ -183,6 +228,13 @@ struct Scratch {
     std::vector<int64_t> counts, count_histogram;
     std::vector<double> masses, mass_histogram;
     std::vector<unsigned char> wide;  // two rows of double or float, zero beyond their columns
+    struct Ranked {
+        uint64_t key;
+        int64_t id;
+    };
+    std::vector<Ranked> ranked, ranked_aside;
+    std::vector<int64_t> candidates;             // ids
+    std::vector<double> tile_sums, tile_refs;    // Σ e^{z − ref} of a tile
 
     Scratch(const VocabStats& a) : hidden(a.logits.vocab / 64 + 1) {
         const size_t k = a.ids.data ? a.ids.count : 0;
@@ -199,6 +251,21 @@ struct Scratch {
     explicit Scratch(const GatherDotHiddenGrad& a) : Scratch(a.weight.columns) {}
     explicit Scratch(const GatherDotWeightGrad& a) : Scratch(a.hidden.columns) {}
 
+    explicit Scratch(const TopkSelect& a) : Scratch(std::max(a.tiles() * kMostLanes, a.capacity())) {
+        hidden.resize(a.logits.vocab / 64 + 1);
+        for (auto* v : {&ranked, &ranked_aside}) v->resize(a.k);
+        candidates.resize(a.capacity());
+        ids.resize(a.k);
+        z.resize(a.k);
+        for (auto* v : {&tile_sums, &tile_refs}) v->resize(a.tiles());
+    }
+    explicit Scratch(const DrawRows& a) : hidden(a.logits.vocab / 64 + 1) {
+        bars.resize(a.draws);
+        ids.resize(a.draws);
+        z.resize(a.draws);
+        for (auto* v : {&tile_sums, &tile_refs}) v->resize(a.tiles());
+    }
+
     template <class S>
     S* row(int index) {
         const auto data = reinterpret_cast<uintptr_t>(wide.data());
@@ -207,6 +274,7 @@ struct Scratch {
 
 private:
     static constexpr size_t kLine = 64;
+    static constexpr int64_t kMostLanes = 16;
     // whole cache lines, and at least the vector that the last entry lies in
     explicit Scratch(int64_t columns) : wide(2 * (columns * sizeof(double) / kLine + 2) * kLine + kLine) {}
 };

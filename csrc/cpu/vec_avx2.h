@@ -33,6 +33,11 @@ struct Float {
     static F abs(F x) { return _mm256_andnot_ps(set(-0.0f), x); }
     static F with_sign_of(F x, F sign) { return _mm256_or_ps(x, _mm256_and_ps(set(-0.0f), sign)); }
     static unsigned bits(M m) { return unsigned(_mm256_movemask_ps(m)); }
+    static float top(F x) {
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
     static double sum(F x) {
         const __m256d pairs = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
         const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));

@@ -31,6 +31,7 @@ struct Float {
     static F abs(F x) { return _mm512_andnot_ps(set(-0.0f), x); }
     static F with_sign_of(F x, F sign) { return _mm512_or_ps(x, _mm512_and_ps(set(-0.0f), sign)); }
     static unsigned bits(M m) { return m; }
+    static float top(F x) { return _mm512_reduce_max_ps(x); }
     static double sum(F x) {
         return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
     }

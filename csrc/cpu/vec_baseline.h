@@ -48,8 +48,11 @@ struct Float {
     static F abs(F x) { return (F)((M)x & 0x7fffffff); }
     static F with_sign_of(F x, F sign) { return (F)((M)x | ((M)sign & int32_t(0x80000000))); }
     static unsigned bits(M m) { return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8); }
+    static float top(F x) {
+        const float low = x[0] > x[1] ? x[0] : x[1], high = x[2] > x[3] ? x[2] : x[3];
+        return low > high ? low : high;
+    }
     static double sum(F x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
-
 };
 
 inline void end_of_streams() {}

@@ -18,6 +18,8 @@ struct Double {
     static M nan(F x) { return x != x; }
     static F keep(M m, F x) { return m ? x : 0.0; }
     static unsigned bits(M m) { return m; }
+    static F select(M m, F a, F b) { return m ? a : b; }
+    static double top(F x) { return x; }
     static double sum(F x) { return x; }
 };
 

@@ -61,7 +61,7 @@ inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* 
         out.exp_d = V::sum((exp_ds[0] + exp_ds[1]) + (exp_ds[2] + exp_ds[3]));
         out.sum = V::sum(sums);
         out.above = int64_t(V::sum(above));
-        out.top = max_of<V>(top);
+        out.top = V::top(top);
     }
     return out;
 }
@@ -78,7 +78,7 @@ template <class V, Map map, class T>
             top = V::max(z[i], top);
         }
     }
-    return max_of<V>(top);
+    return V::top(top);
 }
 
 // One read of the row, whatever its spread: the reference is the maximum of the first block that has a finite entry, and
@@ -154,9 +154,10 @@ inline void mark(const VocabStats& a, Scratch& s, int64_t r) {
     }
 }
 
-// z at the distinct ids into scratch.z. After the sweep: the row is then in the second-level cache.
+// z at the distinct ids into scratch.z, and to `values` unless that is null: a double made a float again would lose its denormals.
+// After the sweep: the row is then in the second-level cache.
 template <class V, Map map, class T>
-void gather(const VocabStats& a, Scratch& s, const T* x, const Transform<V, map>& f) {
+void gather(Scratch& s, const T* x, int64_t columns, const Transform<V, map>& f, typename V::S* values) {
     const int64_t k = int64_t(s.ids.size());
     for (int64_t slot = 0; slot < k; slot += V::width) {
         const int64_t n = std::min<int64_t>(V::width, k - slot);
@@ -167,7 +168,8 @@ void gather(const VocabStats& a, Scratch& s, const T* x, const Transform<V, map>
         V::store(z, f.z(V::load(raw)));
         for (int64_t i = 0; i < n; ++i) {
             const int64_t id = s.ids[slot + i];
-            s.z[slot + i] = id >= 0 && id < a.head.columns ? double(z[i]) : -kInf;
+            s.z[slot + i] = id >= 0 && id < columns ? double(z[i]) : -kInf;
+            if (values) values[slot + i] = z[i];
         }
     }
 }
@@ -200,7 +202,7 @@ void rank_row(const VocabStats& a, Scratch& s, int64_t r, const T* x, const Tran
             e[i] = exp_clamped(V(), d);
             above_lowest += __builtin_popcount(V::bits(V::gt(z[i], lowest)));
         }
-        const int64_t cleared = std::lower_bound(s.bars.begin(), s.bars.end(), double(max_of<V>(top)), below) - s.bars.begin();
+        const int64_t cleared = std::lower_bound(s.bars.begin(), s.bars.end(), double(V::top(top)), below) - s.bars.begin();
         // a vector comparison for each bar, or a binary search for each entry: whichever are fewer
         if (cleared <= above_lowest) {
             for (int64_t j = 0; j < cleared; ++j) {
@@ -284,9 +286,9 @@ void stats_rows(const VocabStats& a, Scratch& s, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
         const T* x = a.logits.row<const T>(r);
         mark(a, s, r);
-        if (counted) gather<V, map>(a, s, x, f);
+        if (counted) gather<V, map>(s, x, columns, f, nullptr);
         Sums tail = sweep<V, signals, map>(x, columns, s.hidden.data(), f, counted ? s.z[0] : kInf);
-        if (!counted) gather<V, map>(a, s, x, f);
+        if (!counted) gather<V, map>(s, x, columns, f, nullptr);
         for (double z : s.z) tail.nan |= std::isnan(z);
 
         double top = tail.top, second = tail.runner_up;

@@ -2,6 +2,7 @@
 acceptance, compressed KV-cache alignment. The long axis is reduced in kernels, the short one is plain PyTorch."""
 
 from . import backends, divergences, objectives, segments, signals
+from .align import align_tokens
 from .capture import capture_samples, capture_topk, linear_capture_samples, linear_capture_topk, linear_score_topk, score_topk
 from .errors import BackendError
 from .linear import linear_row_loss, linear_token_logprobs, linear_topk_distill_loss, linear_vocab_stats
@@ -21,6 +22,7 @@ __all__ = [
     "VocabShard",
     "VocabStats",
     "__version__",
+    "align_tokens",
     "backends",
     "capture_samples",
     "capture_topk",

@@ -62,7 +62,7 @@ def linear_capture_topk(
     lead, flat, vocab, head = checked_linear(hidden, weight, bias, temperature, logit_scale, softcap, valid_vocab, None)
     k = checked_k(k, head.columns(vocab))
     plan = checked_plan(("lse",), None, head, flat, weight, chunk_size, logits_dtype, backend, None)
-    chunks = Chunks(flat, weight, bias, None, plan)
+    chunks = Chunks(flat, weight, bias, None, plan, recycled=True)
     parts = [top_k(z, k, plan.local, backend) for _, _, z in chunks]
     return _teacher(TopK(*map(torch.cat, zip(*parts))), lead, plan.dtype, head)
 
@@ -163,7 +163,7 @@ def linear_capture_samples(
     lead, flat, _, head = checked_linear(hidden, weight, bias, temperature, logit_scale, softcap, valid_vocab, None)
     num_samples, tau, seeds, positions = _checked_draws(num_samples, tau, seed, positions, lead, hidden.device)
     plan = checked_plan(("lse",), None, head, flat, weight, chunk_size, logits_dtype, backend, None)
-    chunks = Chunks(flat, weight, bias, None, plan)
+    chunks = Chunks(flat, weight, bias, None, plan, recycled=True)
     parts = [draw(z, num_samples, tau, seeds[rows], positions[rows], plan.local, backend) for rows, _, z in chunks]
     return _samples(Draws(*map(torch.cat, zip(*parts))), lead, tau, plan.dtype, head)
 

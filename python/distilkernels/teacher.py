@@ -191,6 +191,43 @@ class TeacherTopK:
         return self
 
     @staticmethod
+    def from_logprob_dicts(
+        list_of_dicts: Sequence, k: int, *, tokenizer=None, token_form: str | None = None, temperature: float = 1.0, vocab_size: int | None = None
+    ) -> TeacherTopK:
+        """Rows [N, K] from what an inference server returns for one sequence: one row per entry, a leading None left out.
+
+        So ``prompt_logprobs[i]`` becomes row i − 1, which predicts token i. Any other None, and an entry with fewer than
+        `k` tokens, gives empty slots.
+
+        Args:
+            list_of_dicts: vLLM's ``prompt_logprobs`` or ``logprobs``: dicts of id to ``Logprob``, float, or their JSON form
+                ``{"123": {"logprob": ...}}``; OpenAI-style chat ``logprobs.content``: ``{"token", "logprob", "bytes",
+                "top_logprobs"}``; or ``logprobs.top_logprobs`` of text completions: dicts of token string to float.
+            k: the most probable `k` are kept. What a server adds beside them (vLLM the prompt's own token, chat the sampled
+                one) competes for the slots like any other.
+            tokenizer: of transformers or tokenizers, for token strings (except "token_id:123"); with it, string keys over bare
+                floats are token strings, without it they are ids. A string that does not name exactly one id is counted in
+                the tail, and a warning says how many; an id listed twice counts once.
+            token_form: what token strings are, "text" (vLLM and OpenAI: " the") or "piece" ("Ġthe"); None takes those that
+                name the same id either way.
+            temperature: what the server's log-probs were taken at. vLLM's default is the raw softmax, 1.0, whatever it
+                samples at.
+            vocab_size: where given, ids are checked against it.
+
+        Returns:
+            int32 ids by descending log-prob (ties by ascending id), float32 log-probs and tail. The tail is what the server
+            did not list, 1 − Σ with its rounding as floor (as in :meth:`log_tail`), and the listed mass that no slot holds.
+
+        Raises:
+            ValueError, TypeError: naming the entry.
+        """
+        from .server_logprobs import from_logprob_dicts
+
+        return from_logprob_dicts(
+            list_of_dicts, k, tokenizer=tokenizer, token_form=token_form, temperature=temperature, vocab_size=vocab_size
+        )
+
+    @staticmethod
     def cat(teachers: Sequence[TeacherTopK], dim: int = 0) -> TeacherTopK:
         """Concatenates over a token dimension; smaller K are filled with empty slots, tails derived where one has none."""
         teachers = _alike(teachers)

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <random>
 
+#include "../../philox.h"
 #include "../isa.h"
 #include "../threads.h"
 
@@ -52,6 +53,48 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
     for_items(b, 2, kernels().vocab_stats_backward);
 }
 
+// The tail and the draws are not checked, the selection and the ids' range are; all are run on rows with ties, −inf and a NaN.
+template <class T, class S>
+void run_capture(DType dtype, int64_t n, int64_t vocab, int64_t pad, int64_t k, Head head, bool coarse) {
+    std::normal_distribution<double> normal(0, 3);
+    // the last row has no padding behind it
+    std::vector<T> x((n - 1) * (vocab + pad) + vocab);
+    for (T& v : x) narrow(coarse ? std::round(normal(generator)) : normal(generator), v);
+    const Rows rows{x.data(), 1, n, vocab, 0, vocab + pad};
+    if (n > 1) {
+        narrow(kNaN, rows.row<T>(0)[head.columns / 2]);
+        for (int64_t c = 0; c < vocab; ++c)
+            if (c % 7) narrow(-kInf, rows.row<T>(1)[c]);
+    }
+    std::vector<S> values(n * k);
+    std::vector<int32_t> ids(n * k);
+    std::vector<double> lse(n), tail(n);
+    std::vector<int64_t> seeds(n, 5), positions(n, -1);
+    for_items(TopkSelect{dtype, rows, head, k, values.data(), ids.data(), lse.data(), tail.data()}, 2, kernels().topk_select);
+    const double sign = head.scale < 0 ? -1 : head.scale > 0;
+    for (int64_t r = n > 1; r < n; ++r) {
+        std::vector<int32_t> expected(head.columns);
+        for (int32_t c = 0; c < head.columns; ++c) expected[c] = c;
+        const auto at = [&](int32_t c) { return sign == 0 ? 0 : sign * double(widen(rows.row<T>(r)[c])); };
+        std::stable_sort(expected.begin(), expected.end(), [&](int32_t i, int32_t j) { return at(i) > at(j); });
+        if (!std::equal(ids.begin() + r * k, ids.begin() + (r + 1) * k, expected.begin())) {
+            std::printf("%s dtype %d V %lld K %lld row %lld: wrong ids\n", isa().c_str(), int(dtype), (long long)vocab, (long long)k, (long long)r);
+            ++failures;
+        }
+    }
+    for (double tau : {1.0, 0.6}) {
+        for_items(DrawRows{dtype, rows, head, tau, seeds.data(), positions.data(), k, ids.data(), values.data(), lse.data(), tail.data()}, 2,
+                  kernels().draw_rows);
+        for (int64_t i = 0; i < n * k; ++i) {
+            const bool nothing = !std::isfinite(lse[i / k]);
+            if (nothing ? ids[i] != -1 : ids[i] < 0 || ids[i] >= head.columns || !(values[i] > -kInf)) {
+                std::printf("%s dtype %d V %lld: drew %d\n", isa().c_str(), int(dtype), (long long)vocab, int(ids[i]));
+                ++failures;
+            }
+        }
+    }
+}
+
 template <class O, class T, class S>
 void run_gather_dot(DType operand, DType rows, int64_t n, int64_t vocab, int64_t width, int64_t pad, int64_t k, double tolerance) {
     std::normal_distribution<double> normal;
@@ -91,6 +134,12 @@ void run_gather_dot(DType operand, DType rows, int64_t n, int64_t vocab, int64_t
 }  // namespace
 
 int main() {
+    // a published vector of the generator
+    const PhiloxWords words = philox(0x299F31D0A4093822, {0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344});
+    if (words.x != 0xd16cfe09 || words.y != 0x94fdcceb || words.z != 0x5001e420 || words.w != 0x24126ea1) {
+        std::puts("Philox differs from its known answer");
+        ++failures;
+    }
     for (const std::string& name : available_isas()) {
         set_isa(name);
         for (int64_t vocab : {1, 3, 15, 64, 65, 257, 4099}) {
@@ -100,6 +149,16 @@ int main() {
                     run<bf16, float>(DType::bf16, 1, 9, vocab, 0, k, head, 1e-5);
                     run<f16, float>(DType::f16, 3, 1, vocab, 5, k, head, 1e-5);
                     run<double, double>(DType::f64, 1, 1, vocab, 0, k, head, 1e-12);
+                }
+            }
+        }
+        for (int64_t vocab : {1, 15, 64, 257, 4099}) {
+            for (int64_t k : {int64_t(1), (vocab + 2) / 3, std::min<int64_t>(vocab, 1024)}) {
+                for (bool coarse : {false, true}) {
+                    run_capture<float, float>(DType::f32, 4, vocab, 3, k, {1, 1, 0, vocab}, coarse);
+                    run_capture<bf16, float>(DType::bf16, 3, vocab, 0, k, {0.7, -1.5, 0, vocab}, coarse);
+                    run_capture<f16, float>(DType::f16, 3, vocab, 1, std::min(k, (vocab + 1) / 2), {2, 1, 5, (vocab + 1) / 2}, coarse);
+                    run_capture<double, double>(DType::f64, 1, vocab, 0, k, {1, 1, 0, vocab}, coarse);
                 }
             }
         }

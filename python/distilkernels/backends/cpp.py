@@ -15,7 +15,7 @@ _TAKEN = (*_DTYPES, torch.int32, torch.int64)
 _OUTPUTS = (
     "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "second", "rank", "mass_above",
 )  # fmt: skip
-_SERVED = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad")
+_SERVED = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "topk_select", "draw_rows")
 
 
 def why_not(primitive: str, *tensors: Tensor) -> str | None:
@@ -75,6 +75,21 @@ def gather_dot_weight_grad(grad: Tensor, hidden: Tensor, order: Tensor, targets:
     _cpp.gather_dot_weight_grad(
         grad.data_ptr(), grad.shape[1], _matrix(hidden), order.data_ptr(), targets.data_ptr(), order.numel(),
         torch.get_num_threads(), _matrix(out),
+    )  # fmt: skip
+
+
+def topk_select(logits: Tensor, head, out) -> None:
+    _cpp.topk_select(
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _head(head, logits.shape[2]), out.ids.shape[1],
+        torch.get_num_threads(), [t.data_ptr() for t in out],
+    )  # fmt: skip
+
+
+def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head, out) -> None:
+    seeds, positions = seeds.contiguous(), positions.contiguous()
+    _cpp.draw_rows(
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _head(head, logits.shape[2]), tau, seeds.data_ptr(), positions.data_ptr(),
+        out.ids.shape[1], torch.get_num_threads(), [t.data_ptr() for t in out],
     )  # fmt: skip
 
 

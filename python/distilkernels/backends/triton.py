@@ -9,11 +9,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..primitives.draw_rows import Draws
 from ..primitives.head import Head
+from ..primitives.topk_select import TopK
 
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "linear_vocab_stats", "linear_vocab_stats_backward",
+    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows",
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,3 +102,15 @@ def linear_vocab_stats_backward(
     from ..kernels.linear_vocab_stats_backward import linear_vocab_stats_backward as launch
 
     launch(hidden, weight, bias, ids, entries, coef, terms, head, grads, skip, skip_weight)
+
+
+def topk_select(logits: Tensor, head: Head, out: TopK) -> None:
+    from ..kernels.topk_select import topk_select as launch
+
+    launch(logits, head, out)
+
+
+def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head: Head, out: Draws) -> None:
+    from ..kernels.draw_rows import draw_rows as launch
+
+    launch(logits, tau, seeds, positions, head, out)
