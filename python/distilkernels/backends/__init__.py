@@ -28,6 +28,9 @@ PRIMITIVES = (
     "linear_vocab_stats_backward",
     "topk_select",
     "draw_rows",
+    "filter_rows",
+    "sample_rows",
+    "weigh_rows",
 )
 
 

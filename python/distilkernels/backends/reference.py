@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from ..primitives.draw_rows import reference as draw_rows
+from ..primitives.filter_rows import reference as filter_rows
 from ..primitives.gather_dot import reference as gather_dot
 from ..primitives.gather_dot import reference_hidden_grad as gather_dot_hidden_grad
 from ..primitives.gather_dot import reference_weight_grad as gather_dot_weight_grad
+from ..primitives.sample_rows import reference as sample_rows
+from ..primitives.sample_rows import reference_mass as weigh_rows
 from ..primitives.topk_select import reference as topk_select
 from ..primitives.vocab_stats import reference as vocab_stats
 from ..primitives.vocab_stats import reference_backward as vocab_stats_backward
 
 __all__ = [
     "draw_rows",
+    "filter_rows",
     "gather_dot",
     "gather_dot_hidden_grad",
     "gather_dot_weight_grad",
+    "sample_rows",
     "topk_select",
     "vocab_stats",
     "vocab_stats_backward",
+    "weigh_rows",
     "why_not",
 ]
 

@@ -1,0 +1,267 @@
+"""Acceptance rules: which proposals a judge keeps, and what it draws where it keeps no more.
+
+A rule is a small dataclass. It sees a :class:`~.block.Block`, the few numbers a position has, and says yes or no per proposal;
+:func:`~.verify.verify` turns that into a prefix and makes the draw that the rule names. Q is the judge's law at a position, P the
+proposer's, each after its own temperature and filters. Parameters may be tensors [B], one entry a request.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .block import Block
+from .sampling import Sampling
+
+Number = float | int | Tensor
+
+
+class Rule:
+    """A rule of one's own subclasses this and defines :meth:`accept`.
+
+    ``needs_proposer``: whether P is read. ``at_rejection``: "draw" from Q, "residual" (from max(c·Q − P, 0), c = :meth:`scale`), "retry"
+    (see :class:`ReverseSpeculative`) or "argmax". ``bonus``: after the last proposal None, "draw" or "argmax".
+    """
+
+    needs_proposer: bool = False
+    at_rejection: str = "draw"
+    bonus: str | None = None
+
+    def accept(self, block: Block) -> Tensor:
+        """bool [B, G]: would each proposal be accepted; the accepted ones are the longest prefix of True."""
+        raise TypeError(f"{type(self).__name__} must define accept(block)")
+
+    def length(self, block: Block) -> Tensor:
+        """int64 [B]: how many proposals are accepted."""
+        return (self.accept(block) & block.present).long().cumprod(1).sum(1)
+
+    def scale(self, block: Block, accepted: Tensor) -> Tensor:
+        """c of the residual, float64 [B]."""
+        return torch.ones(accepted.shape, dtype=torch.float64, device=accepted.device)
+
+    def judge_sampling(self, judge: Sampling) -> Sampling:
+        """What the judge's own tokens are drawn with."""
+        return judge
+
+    def proposer_sampling(self, proposer: Sampling) -> Sampling:
+        """What the proposals must have been drawn with."""
+        return proposer
+
+
+def _checked(rule: Rule, **limits: tuple[float, float, str]) -> None:
+    for name, (low, high, words) in limits.items():
+        value = getattr(rule, name)
+        if value is None or isinstance(value, Tensor):
+            continue
+        integer = "int" in words
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
+            raise TypeError(f"{name} of {type(rule).__name__} must be {words}; got {type(value).__name__}")
+        if not low <= value <= high:
+            raise ValueError(f"{name} of {type(rule).__name__} must be {words}; got {value}")
+    if rule.bonus not in (None, "draw", "argmax"):
+        raise ValueError(f"bonus of {type(rule).__name__} must be None, 'draw' or 'argmax'; got {rule.bonus!r}")
+    if rule.at_rejection not in ("draw", "residual", "retry", "argmax"):
+        raise ValueError(f"fallback of {type(rule).__name__} must be 'draw' or 'argmax'; got {rule.at_rejection!r}")
+
+
+_PROBABILITY = (0, 1, "in [0, 1]")
+_COUNT = (1, math.inf, "an int of at least 1")
+
+
+@dataclass(frozen=True, eq=False)
+class ReverseSpeculative(Rule):
+    """RSD (arXiv 2509.22230): the teacher proposes, the student accepts what it might have said itself, Q(x) ≥ min_prob.
+
+    Args:
+        min_prob: compared with Q before judge_top_k renormalises it. The published setting is 0.01, trials=5, both top-k 20.
+        trials: T. A rejected proposal is followed by up to T − 1 further draws from the proposer's pool, in closed form: with
+            a = Σ P̃ over the pool's tokens that pass, one of them succeeds with probability 1 − (1 − a)^{T−1} and is then a draw from P̃
+            restricted to those (source ACCEPTED); else the token is a draw from Q (FALLBACK).
+        proposer_top_k: the pool, P̃ = P renormalised on it; the proposals must be drawn from it.
+        judge_top_k: a token must be among these to pass, and the fallback is drawn from Q renormalised on them.
+        bonus: None, "draw" or "argmax" after the last proposal.
+    """
+
+    min_prob: Number = 0.01
+    trials: int = 1
+    proposer_top_k: int | Tensor | None = None
+    judge_top_k: int | Tensor | None = None
+    bonus: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.trials, Tensor):
+            raise TypeError("trials of ReverseSpeculative must be an int of at least 1; got a tensor")
+        _checked(self, min_prob=_PROBABILITY, trials=_COUNT, proposer_top_k=_COUNT, judge_top_k=_COUNT)
+
+    @property
+    def needs_proposer(self) -> bool:
+        return self.trials > 1
+
+    @property
+    def at_rejection(self) -> str:
+        return "retry" if self.trials > 1 else "draw"
+
+    def judge_sampling(self, judge: Sampling) -> Sampling:
+        return judge.limited(self.judge_top_k)
+
+    def proposer_sampling(self, proposer: Sampling) -> Sampling:
+        return proposer.limited(self.proposer_top_k)
+
+    def passing(self, block: Block) -> Tensor:
+        """The raw logits [B, R] from which a token passes: one threshold for proposals and for the pool."""
+        return torch.maximum(block.judge.law.bar_of(block.per_request(self.min_prob)), block.fallback.bar)
+
+    def accept(self, block: Block) -> Tensor:
+        return block.logits >= self.passing(block)[:, : block.ids.shape[1]]
+
+
+@dataclass(frozen=True, eq=False)
+class TopKAcceptance(Rule):
+    """SKD (arXiv 2410.11325): the student proposes, the teacher accepts a token of rank below k in its raw logits; else a draw from Q."""
+
+    k: int | Tensor = 25
+    bonus: str | None = None
+
+    def __post_init__(self):
+        _checked(self, k=_COUNT)
+
+    def accept(self, block: Block) -> Tensor:
+        return (block.rank >= 0) & (block.rank < block.per_request(self.k))
+
+
+@dataclass(frozen=True, eq=False)
+class TopPAcceptance(Rule):
+    """Accepts a token with less than p of the judge's mass above it (p ≥ 1: every token); else a draw from Q."""
+
+    p: Number = 0.9
+    bonus: str | None = None
+
+    def __post_init__(self):
+        _checked(self, p=(0, math.inf, "at least 0"))
+
+    def accept(self, block: Block) -> Tensor:
+        p = block.per_request(self.p)
+        inside = (block.log_q > -math.inf) & (block.logits >= block.bar_of_mass(p)) & (p > 0)
+        return inside | (p >= 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculativeSampling(Rule):
+    """Accepts with probability min(1, Q/P); else a draw from norm(max(Q − P, 0)): the emitted law is Q (arXiv 2211.17192, 2302.01318)."""
+
+    bonus: str | None = "draw"
+    needs_proposer = True
+    at_rejection = "residual"
+
+    def __post_init__(self):
+        _checked(self)
+
+    def accept(self, block: Block) -> Tensor:
+        # Q = P = 0 rejects; −inf + inf is NaN, and NaN compares False
+        return block.uniforms.log() < block.log_q - block.log_p
+
+
+@dataclass(frozen=True, eq=False)
+class BlockVerification(Rule):
+    """Accepts the longest prefix that all its extensions can pay for: the emitted law is Q, never with fewer accepted tokens than
+    speculative sampling (arXiv 2403.10444).
+
+    p_0 = 1, p_i = min(p_{i−1}·Q(x_i)/P(x_i), 1); i proposals are kept where u_i ≤ h_i, h_i = Z_i/(Z_i + 1 − p_i) with
+    Z_i = Σ_v max(p_i·Q(v) − P(v), 0) on the rows after them, and h = p at the last; the longest such i wins, then norm(max(p_i·Q − P, 0)).
+    """
+
+    bonus: str | None = "draw"
+    needs_proposer = True
+    at_rejection = "residual"
+
+    def __post_init__(self):
+        _checked(self)
+
+    def _prefix(self, block: Block) -> Tensor:
+        """p_0 … p_G float64 [B, G + 1]; past the present proposals whatever.
+
+        In logs p is a random walk that reflects at 0: s_i = L_i − max(0, max_{j ≤ i} L_j) with L the sums of log Q/P. A ratio of e^1000
+        stands for the infinite one (P = 0 < Q), which leaves the difference that follows exact to 1e-13.
+        """
+        ratio = torch.where(block.log_q == -math.inf, -math.inf, block.log_q - block.log_p).clamp(max=1000)
+        count = torch.arange(ratio.shape[1], device=ratio.device)
+        later = count[:, None] < count
+        sums = ratio[:, None, :].masked_fill(later, 0).sum(-1)
+        if not ratio.shape[1]:
+            return sums.new_ones(sums.shape[0], 1)
+        highest = sums[:, None, :].masked_fill(later, -math.inf).amax(-1).clamp(min=0)
+        return torch.nn.functional.pad((sums - highest).exp(), (1, 0), value=1.0)
+
+    def length(self, block: Block) -> Tensor:
+        g = block.ids.shape[1]
+        p = self._prefix(block)
+        count = torch.arange(1, g + 1, device=p.device)
+        last = count == block.lengths[:, None]
+        # rows g and beyond the present proposals have no P: their h is not asked for
+        rows = torch.where((count < block.lengths[:, None]) & (count < g), count, -1)
+        z = block.residual_mass(p[:, 1:], rows)
+        h = torch.where((z == 0) & (p[:, 1:] == 1), 1.0, z / (z + 1 - p[:, 1:]))
+        h = torch.where(last, p[:, 1:], h)
+        kept = block.present & (block.uniforms <= h)
+        return torch.where(kept, count, 0).amax(1) if g else torch.zeros_like(block.lengths)
+
+    def scale(self, block: Block, accepted: Tensor) -> Tensor:
+        return self._prefix(block).gather(1, accepted[:, None])[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class TypicalAcceptance(Rule):
+    """Accepts Q(x) > min(ε, δ·e^{−H(Q)}) (Medusa, arXiv 2401.10774); else the `fallback`, "draw" from Q or "argmax"."""
+
+    epsilon: Number = 0.09
+    delta: Number = 0.3
+    fallback: str = "draw"
+    bonus: str | None = "draw"
+
+    def __post_init__(self):
+        _checked(self, epsilon=_PROBABILITY, delta=(0, math.inf, "at least 0"))
+
+    @property
+    def at_rejection(self) -> str:
+        return self.fallback
+
+    def accept(self, block: Block) -> Tensor:
+        floor = block.per_request(self.delta) * (-block.judge_law.entropy).exp()
+        return block.log_q.exp() > torch.minimum(block.per_request(self.epsilon), floor)
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdAcceptance(Rule):
+    """Accepts Q(x) ≥ min_prob; else the `fallback` (Sirius, arXiv 2409.03856: judge temperature 0.6, min_prob 0.05–0.1, "argmax")."""
+
+    min_prob: Number = 0.1
+    fallback: str = "argmax"
+    bonus: str | None = None
+
+    def __post_init__(self):
+        _checked(self, min_prob=_PROBABILITY)
+
+    @property
+    def at_rejection(self) -> str:
+        return self.fallback
+
+    def accept(self, block: Block) -> Tensor:
+        return block.logits >= block.judge_law.bar_of(block.per_request(self.min_prob))
+
+
+@dataclass(frozen=True, eq=False)
+class GreedyAcceptance(Rule):
+    """Accepts the judge's argmax, and emits it where it was not proposed: greedy decoding of the judge, token for token."""
+
+    bonus: str | None = "argmax"
+    at_rejection = "argmax"
+
+    def __post_init__(self):
+        _checked(self)
+
+    def accept(self, block: Block) -> Tensor:
+        return block.ids == block.judge_law.argmax

@@ -1,0 +1,135 @@
+"""``filter_rows``: what temperature, top-k, top-p and min-p leave of a row, as a handful of numbers.
+
+Every one of these filters keeps an upper set of the row: with boundary ties kept, the columns whose raw logit x is at
+least some bar. So a filtered softmax is known by four numbers, whatever was asked for:
+
+    Q_v = exp(x_v/T − lse)·[x_v ≥ bar],        T = 0: Q_v = [v = argmax]
+
+and nothing is sorted or stored per column. The filters apply in the order temperature, top_k, top_p (of what top_k left,
+renormalised), min_p:
+
+    top_k:  #{w : x_w > x_v} < k              top_p:  Q_k(w : x_w > x_v) < p (the argmax stays where p = 0)
+    min_p:  x_v/T ≥ x_max/T + log(min_p)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from .vocab_stats import row_dtype
+
+
+class Filters(NamedTuple):
+    """Per row [N], contiguous: ``temperature`` float64 (0 = argmax), ``top_k`` int64 (0 = off), ``top_p`` float64 (≥ 1 = off),
+    ``min_p`` float64 (0 = off)."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+class Filtered(NamedTuple):
+    """A filtered softmax per row [N]: ``temperature`` float64; ``bar`` float32 (float64 for float64 logits), −inf where nothing
+    is filtered; ``lse`` float64, log Σ_{kept} e^{x/T}; ``lse_all`` float64, the same over all columns; ``expected`` float64, Σ Q·x/T, so
+    that H(Q) = lse − expected; ``argmax`` int64, the lowest id of the largest x.
+
+    At T = 0: bar is the largest x, lse, lse_all and expected are 0. A row with a NaN, a +inf or nothing but −inf has NaN
+    numbers and argmax −1.
+    """
+
+    temperature: Tensor
+    bar: Tensor
+    lse: Tensor
+    lse_all: Tensor
+    expected: Tensor
+    argmax: Tensor
+
+    @property
+    def entropy(self) -> Tensor:
+        """H(Q) in nats."""
+        return (self.lse - self.expected).clamp(min=0)
+
+    def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
+        """log Q at `ids`, whose raw logits are `x`, float64: both of the fields' shape, or [..., K] beside it; −inf where filtered."""
+        wide = (..., *(None,) * (x.dim() - self.bar.dim()))
+        cold = (self.temperature == 0)[wide]
+        warm = (x.double() / torch.where(cold, 1.0, self.temperature[wide])) - self.lse[wide]
+        kept = torch.where(cold, ids == self.argmax[wide], x >= self.bar[wide])
+        found = torch.where(cold, 0.0, warm).masked_fill(~kept | (ids < 0), -math.inf)
+        return torch.where(self.lse.isnan()[wide], math.nan, found)
+
+    def bar_of(self, probability: Tensor | float) -> Tensor:
+        """The raw logit from which Q_v ≥ probability, in the fields' shape and `bar`'s dtype: T·(log probability + lse), rounded up.
+
+        At T = 0 the largest logit: where several are equal, all of them pass.
+        """
+        wanted = torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
+        cold = self.temperature == 0
+        exact = torch.where(cold, 0.0, self.temperature) * (torch.where(cold, 0.0, wanted) + self.lse)
+        exact = torch.where(torch.as_tensor(probability, device=cold.device) <= 0, -math.inf, exact)
+        bar = exact.to(self.bar.dtype)
+        bar = torch.where(bar < exact, torch.nextafter(bar, torch.full_like(bar, math.inf)), bar)
+        return torch.where(cold, self.bar, torch.maximum(bar, self.bar))
+
+    def at(self, index) -> Filtered:
+        """The laws of some rows: any index over the fields."""
+        return Filtered(*(t[index] for t in self))
+
+    def view(self, *shape: int) -> Filtered:
+        return Filtered(*(t.view(*shape) for t in self))
+
+
+def allocate(logits: Tensor) -> dict[str, Tensor]:
+    n, device, double = logits.shape[0] * logits.shape[1], logits.device, row_dtype(logits.device)
+    out = {name: torch.empty(n, dtype=double, device=device) for name in ("lse", "lse_all", "expected")}
+    out["bar"] = torch.empty(n, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=device)
+    out["argmax"] = torch.empty(n, dtype=torch.int64, device=device)
+    return out
+
+
+def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
+    """Writes `out` for the first `columns` of logits [O, I, V] with last stride 1. The definition, by a sort, in float64."""
+    x = logits[..., :columns].reshape(-1, columns).double()
+    n = x.shape[0]
+    top = x.amax(-1)
+    bad = ~top.isfinite() | x.isnan().any(-1)
+    cold = filters.temperature == 0
+    t = torch.where(cold, 1.0, filters.temperature)[:, None]
+    ordered = x.sort(dim=-1, descending=True).values
+    p = ((ordered - top[:, None]) / t).exp()
+    # of an entry, what lies strictly above it: the sums before the first of its equals
+    first = torch.searchsorted(-ordered.nan_to_num(-math.inf), -ordered.nan_to_num(-math.inf))
+    kept_k = (filters.top_k <= 0)[:, None] | (first < filters.top_k[:, None])
+    p_k = torch.where(kept_k, p, 0.0)
+    above = torch.nn.functional.pad(p_k.cumsum(-1), (1, 0)).gather(-1, first)
+    kept_p = (filters.top_p >= 1)[:, None] | (above < filters.top_p[:, None] * p_k.sum(-1, keepdim=True)) | (first == 0)
+    kept = kept_k & kept_p & (p >= filters.min_p[:, None])
+    limited = (filters.top_k > 0) | (filters.top_p < 1) | (filters.min_p > 0)
+    bar = torch.where(kept, ordered, math.inf).amin(-1)
+    z = ordered / t
+    lse = z.masked_fill(~kept, -math.inf).logsumexp(-1)
+    q = torch.where(kept, (z - lse[:, None]).exp(), 0.0)
+    values = {
+        "bar": torch.where(cold, top, torch.where(limited, bar, -math.inf)),
+        "lse": lse.masked_fill(cold, 0.0),
+        "lse_all": z.logsumexp(-1).masked_fill(cold, 0.0),
+        "expected": (q * z.masked_fill(q == 0, 0)).sum(-1).masked_fill(cold, 0.0),
+    }
+    for name, value in values.items():
+        out[name].copy_(value.masked_fill(bad, math.nan))
+    out["argmax"].copy_((x == top[:, None]).int().argmax(-1).masked_fill(bad, -1) if n else out["argmax"])
+
+
+def filtered(logits: Tensor, columns: int, filters: Filters, backend: str | None = None) -> Filtered:
+    """The filters' outcome for the first `columns` of logits [O, I, V] with last stride 1."""
+    launch = resolve("filter_rows", logits, backend=backend)
+    out = allocate(logits)
+    if logits.numel():
+        launch(logits, columns, filters, out)
+    return Filtered(filters.temperature, **out)
