@@ -46,8 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """``dk.decoding``, ``dk.nn``, ``dk.store`` and ``dk.integrations`` are imported when they are first named."""
-    if name in ("decoding", "integrations", "nn", "store"):
+    """``dk.decoding``, ``dk.kv``, ``dk.nn``, ``dk.store`` and ``dk.integrations`` are imported when they are first named."""
+    if name in ("decoding", "integrations", "kv", "nn", "store"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

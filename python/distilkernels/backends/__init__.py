@@ -31,6 +31,11 @@ PRIMITIVES = (
     "filter_rows",
     "sample_rows",
     "weigh_rows",
+    "window_importance",
+    "key_redundancy",
+    "kv_gather",
+    "kv_align",
+    "recurrence_update",
 )
 
 

@@ -1,0 +1,424 @@
+"""CompressedCache: an evicted model is a full cache with the evicted columns masked, whatever the method, the budget and the padding."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+
+import pytest
+import torch
+
+from distilkernels import kv
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+
+METHODS = [
+    kv.RKV(window=4), kv.SnapKV(window=5), kv.LazyEviction(alpha=0.02, window=4), kv.KaVa(), kv.AttentionOnly(window=3), kv.CosineOnly(), kv.Crop()
+]  # fmt: skip
+BUDGETS = {"one": 14, "layers": [14, 30, 9], "heads": [[14, 9], [11, 11], [9, 16]]}
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def llama(request):
+    return tiny("Llama", attn_implementation=request.param)
+
+
+def tiny(family: str, **options):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+    config = getattr(transformers, f"{family}Config")(**sizes, max_position_embeddings=512, **options)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, weight in model.named_parameters():
+        if "proj" in name:  # attention of a fresh model is flat, and every entry would matter as little
+            weight.data.mul_(6 if "q_proj" in name or "k_proj" in name else 3)
+    return model
+
+
+def full_with_masked_columns(model, blocks, masks, positions, visible):
+    """Logits of the blocks on a full cache; `visible[step][layer]` bool [B, Hkv, T] are the columns that are not masked."""
+    step = 0
+
+    def attention(module, query, key, value, mask, scaling, **_):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        seen = visible[step][module.layer_idx].repeat_interleave(groups, 1)[:, :, None]
+        logits = (query @ key.mT) * scaling + mask
+        return (logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1) @ value).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS.register("masked_columns", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("masked_columns", eager_mask)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "masked_columns"
+    cache, logits = transformers.DynamicCache(), []
+    try:
+        for step, block in enumerate(blocks):
+            out = model(block, attention_mask=masks[step], position_ids=positions[step], past_key_values=cache)
+            logits.append(out.logits)
+    finally:
+        model.config._attn_implementation = before
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            del registry._global_mapping["masked_columns"]
+    return logits
+
+
+def stream(model, cache, ids, mask, sizes):
+    """Feeds `ids` in blocks; returns the logits, and for each block and layer which tokens its attention could see."""
+    blocks, masks, positions, visible, logits, first = [], [], [], [], [], 0
+    where = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    for size in sizes:
+        stop = first + size
+        blocks.append(ids[:, first:stop])
+        masks.append(mask[:, :stop])
+        positions.append(where[:, first:stop])
+        seen = []
+        for layer in cache.layers:
+            columns = torch.zeros(ids.shape[0], 2, stop + 1, dtype=torch.bool)
+            if layer.positions is not None:
+                columns.scatter_(2, layer.positions.long().masked_fill(layer.positions < 0, stop), True)
+            columns[:, :, first:stop] = True
+            seen.append(columns[:, :, :stop])
+        visible.append(seen)
+        logits.append(model(blocks[-1], attention_mask=masks[-1], position_ids=positions[-1], past_key_values=cache).logits)
+        first = stop
+    return logits, (blocks, masks, positions, visible)
+
+
+SIZES = [26, *[1] * 9, 3, *[1] * 8]  # a prompt, tokens, a block of three, tokens
+
+
+def padded(lengths, total):
+    ids = torch.randint(1, 97, (len(lengths), total), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(len(lengths), total, dtype=torch.long)
+    for i, pads in enumerate(lengths):
+        mask[i, :pads] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("pads", [(0, 0), (0, 11, 23)], ids=["whole", "left-padded"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_evicted_model_is_the_full_one_with_masked_columns(llama, method, pads, budget):
+    """Also requests shorter than the budget, layers that evict at different times, and a block of tokens after evictions."""
+    ids, mask = padded(pads, sum(SIZES))
+    with kv.CompressedCache(llama.config, method=method, budget=BUDGETS[budget], every=4, protect_first=1) as cache:
+        got, said = stream(llama, cache, ids, mask, SIZES)
+    want = full_with_masked_columns(llama, *said)
+    first, evicted = 0, 0
+    for size, a, b, seen in zip(SIZES, got, want, said[3]):
+        real = mask[:, first : first + size].bool()
+        assert (a - b)[real].abs().max() <= 1e-6 * max(1, float(b[real].abs().max()))
+        evicted += sum(int((~columns[:, :, :first]).sum()) for columns in seen)
+        first += size
+    assert evicted > 100
+    for layer in cache.layers:
+        held = layer.positions >= 0
+        # true tokens alone, in time order, the newest always; padding is evicted, or masked as an empty slot
+        assert (layer.valid is None and held.all()) or (layer.valid <= held).all()
+        assert mask.bool()[:, None].expand(-1, 2, -1).gather(2, layer.positions.clamp(min=0).long())[held if layer.valid is None else layer.valid].all()
+        counts = held if layer.valid is None else layer.valid
+        limit = torch.tensor(layer.budget if isinstance(layer.budget, list) else [layer.budget] * 2) + layer.since
+        assert (counts.sum(-1) == torch.minimum(mask.sum(-1)[:, None], limit)).all()
+
+
+@torch.no_grad()
+def test_a_retained_pad_would_be_seen(llama):
+    """What the masks are for: the same comparison with padding left visible is off by far more."""
+    ids, mask = padded((0, 11), sum(SIZES))
+    with kv.CompressedCache(llama.config, method=kv.CosineOnly(), budget=40, every=4) as cache:
+        got, said = stream(llama, cache, ids, mask, SIZES)
+    masks = [torch.ones_like(m) for m in said[1]]
+    want = full_with_masked_columns(llama, said[0], masks, said[2], said[3])
+    assert (got[-1] - want[-1])[1].abs().max() > 1e-3 and (got[-1] - want[-1])[0].abs().max() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS[:5], ids=lambda m: type(m).__name__)
+def test_a_left_padded_request_is_the_request_alone(llama, method):
+    ids, mask = padded((0, 6), sum(SIZES))
+    options = {"method": method, "budget": 14, "every": 4}
+    with kv.CompressedCache(llama.config, **options) as cache:
+        batch, _ = stream(llama, cache, ids, mask, SIZES)
+    with kv.CompressedCache(llama.config, **options) as alone:
+        single, _ = stream(llama, alone, ids[1:, 6:], mask[1:, 6:], [20, *SIZES[1:]])
+    for a, b in zip(batch[1:], single[1:]):
+        torch.testing.assert_close(a[1:], b, rtol=0, atol=1e-5)
+    for a, b in zip(cache.layers, alone.layers):
+        assert torch.equal(a.positions[1] - 6, b.positions[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS[:5], ids=lambda m: type(m).__name__)
+def test_a_request_shorter_than_its_budget_is_the_request_alone(llama, method):
+    """Its empty slots come before what it holds, so that the queries of the window are still those of its last tokens."""
+    ids, mask = padded((0, 23), sum(SIZES))
+    options = {"method": method, "budget": 14, "every": 1}
+    with kv.CompressedCache(llama.config, **options) as cache:
+        batch, _ = stream(llama, cache, ids, mask, SIZES)
+    with kv.CompressedCache(llama.config, **options) as alone:
+        single, _ = stream(llama, alone, ids[1:, 23:], mask[1:, 23:], [3, *SIZES[1:]])
+    for a, b in zip(batch[1:], single[1:]):
+        torch.testing.assert_close(a[1:], b, rtol=0, atol=1e-5)
+    for a, b in zip(cache.layers, alone.layers):
+        assert torch.equal(a.positions[1] - 23, b.positions[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_a_budget_that_is_never_reached_changes_nothing(llama, method):
+    ids, mask = padded((0, 5), 12)
+    options = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    want = llama.generate(ids, **options)
+    with kv.CompressedCache(llama.config, method=method, budget=64) as cache:
+        assert torch.equal(llama.generate(ids, past_key_values=cache, **options), want)
+    beams = {**options, "num_beams": 3}
+    want = llama.generate(ids, **beams)
+    with kv.CompressedCache(llama.config, method=method, budget=64) as cache:
+        assert torch.equal(llama.generate(ids, past_key_values=cache, **beams), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS[:4], ids=lambda m: type(m).__name__)
+def test_generate_with_evictions(llama, method):
+    """Tokens are the arg max of the stream that the full cache confirms; beams are reordered with their state."""
+    ids, mask = padded((0, 9), 30)
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with kv.CompressedCache(llama.config, method=method, budget=12, every=3) as cache:
+        tokens = llama.generate(ids, past_key_values=cache, max_new_tokens=15, **options)
+    with kv.CompressedCache(llama.config, method=method, budget=12, every=3) as again:
+        whole = torch.cat([mask, torch.ones(2, 15, dtype=torch.long)], 1)
+        logits, _ = stream(llama, again, tokens, whole, [30, *[1] * 14])
+    assert torch.equal(torch.stack([row[:, -1].argmax(-1) for row in logits], 1), tokens[:, 30:])
+    assert cache.get_seq_length() == 44 and cache.layers[0].keys.shape[2] <= 15
+    with kv.CompressedCache(llama.config, method=method, budget=12, every=3) as beams:
+        assert llama.generate(ids, past_key_values=beams, max_new_tokens=15, num_beams=3, **options).shape == (2, 45)
+
+
+@torch.no_grad()
+def test_memory_is_freed(llama):
+    """A prompt of 400 tokens leaves budget + every slots, and nothing holds what it was; queries of it are a copy of a few."""
+    ids, mask = padded((0, 0), 400)
+    alive = []
+    cache = kv.CompressedCache(llama.config, method=kv.RKV(window=4), budget=32, every=8)
+    for layer in cache.layers:
+        original = layer.update
+
+        def update(keys, values, *args, original=original, **kwargs):
+            found = original(keys, values, *args, **kwargs)
+            alive.extend(weakref.ref(t) for t in (keys, *found))
+            return found
+
+        layer.update = update
+    llama(ids, attention_mask=mask, past_key_values=cache)
+    gc.collect()
+    assert len(alive) == 9 and all(ref() is None for ref in alive)
+    assert cache.nbytes == 3 * 2 * 2 * 2 * (32 + 8) * 16 * 4
+    for layer in cache.layers:
+        assert layer.keys.shape == (2, 2, 32, 16) and layer.queries.untyped_storage().nbytes() == 2 * 4 * 4 * 16 * 4
+        del layer.update
+    held = []
+    for i in range(40):
+        llama(ids[:, i : i + 1], past_key_values=cache)
+        held.append(cache.nbytes)
+        assert cache.layers[0].keys.shape[2] <= 40
+    assert set(held) == {held[0]} and cache.get_seq_length() == 440
+    cache.release()
+
+
+@torch.no_grad()
+def test_what_is_kept_while_streaming(llama):
+    ids, mask = padded((0,), 60)
+    with kv.CompressedCache(llama.config, method=kv.SnapKV(window=5), budget=16, every=6, protect_first=3) as cache:
+        stream(llama, cache, ids, mask, [30, *[1] * 30])
+        for layer in cache.layers:
+            assert (layer.positions.diff() > 0).all() and layer.positions.shape[2] == 16 + 30 % 6
+            assert (layer.positions[..., :3] == torch.arange(3)).all() and (layer.positions[..., -5:] == torch.arange(55, 60)).all()
+
+
+@torch.no_grad()
+def test_positions_keep_their_rotary_embedding(llama):
+    """What is held is, to the bit, what a full cache holds at those positions."""
+    ids, mask = padded((0,), 20)
+    full = transformers.DynamicCache()
+    llama(ids, past_key_values=full)
+    with kv.CompressedCache(llama.config, method=kv.RKV(window=4), budget=[20, 9, 9], every=4) as cache:
+        stream(llama, cache, ids, mask, [20])
+        for i in (0, 1, 2):
+            place = cache.layers[i].positions.long()[..., None].expand(1, 2, -1, 16)
+            torch.testing.assert_close(cache.layers[i].keys, full.layers[i].keys.gather(2, place), rtol=0, atol=1e-6)
+            torch.testing.assert_close(cache.layers[i].values, full.layers[i].values.gather(2, place), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_families(family):
+    options = {"sliding_window": None} if family == "Mistral" else {"head_dim": 16} if family == "Qwen3" else {}
+    model = tiny(family, **options)
+    ids, mask = padded((0, 7), 36)
+    with kv.CompressedCache(model.config, method=kv.RKV(window=4), budget=12, every=3) as cache:
+        got, said = stream(model, cache, ids, mask, [26, *[1] * 10])
+    want = full_with_masked_columns(model, *said)
+    assert all((a - b)[:, -1].abs().max() <= 1e-5 for a, b in zip(got, want)) and cache.layers[2].keys.shape[2] <= 15
+
+
+def test_the_config_is_restored():
+    model = tiny("Llama", attn_implementation="sdpa")
+    ids, config = torch.randint(0, 97, (1, 20)), model.config
+    options = {"method": kv.CosineOnly(), "budget": 8}
+    cache = kv.CompressedCache(config, **options)
+    assert config._attn_implementation != "sdpa"
+    del cache
+    gc.collect()
+    assert config._attn_implementation == "sdpa"
+    with pytest.raises(ZeroDivisionError), kv.CompressedCache(config, **options):
+        1 / 0  # noqa: B018
+    assert config._attn_implementation == "sdpa"
+    # two caches share a config; each sees its own forward, and a plain cache passes through
+    with torch.no_grad():
+        want = model(ids).logits
+        with kv.CompressedCache(config, **options) as one:
+            with kv.CompressedCache(config, **options) as two:
+                torch.testing.assert_close(model(ids, past_key_values=one).logits, want)
+            assert config._attn_implementation != "sdpa" and two.get_seq_length() == 0
+            torch.testing.assert_close(model(ids, past_key_values=transformers.DynamicCache()).logits, want)
+            torch.testing.assert_close(model(ids).logits, want)
+            assert one.layers[0].keys.shape[2] == 8 and one.get_seq_length() == 20
+        assert config._attn_implementation == "sdpa"
+        one.release()
+        # a name given in between is left alone
+        three = kv.CompressedCache(config, **options)
+        config._attn_implementation = "eager"
+        three.release()
+        assert config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_crop_reset_and_batch_changes(llama):
+    ids, mask = padded((0, 4), 30)
+    with kv.CompressedCache(llama.config, method=kv.RKV(window=4), budget=12, every=6) as cache:
+        stream(llama, cache, ids, mask, [20, 1, 1, 1])
+        kept = [layer.positions.clone() for layer in cache.layers]
+        where = mask.cumsum(-1) - 1
+
+        def feed(rows, t):
+            return llama(ids[rows, t : t + 1], attention_mask=mask[rows, : t + 1], position_ids=where[rows, t : t + 1], past_key_values=cache).logits
+
+        whole = feed([0, 1], 23)
+        cache.crop(-1)
+        assert cache.get_seq_length() == 23 and all(torch.equal(layer.positions, k) for layer, k in zip(cache.layers, kept))
+        torch.testing.assert_close(feed([0, 1], 23), whole)
+        with pytest.raises(ValueError, match=r"crop can take back tokens since the last eviction only, −4 … 0; got -5"):
+            cache.crop(-5)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        swapped = feed([1, 0], 24)
+        assert cache.layers[1].keys.shape[0] == 2
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        again, _ = stream(llama, cache, ids[[1, 0]], mask[[1, 0]], [20, 1, 1, 1, 1, 1])
+        torch.testing.assert_close(again[-1], swapped, rtol=0, atol=1e-5)
+        assert not cache.is_croppable
+
+
+def test_gradients_pass_through_a_compressed_cache(llama):
+    """What is kept stays attached: training on a compressed cache is possible."""
+    ids = torch.randint(0, 97, (1, 24))
+    with kv.CompressedCache(llama.config, method=kv.CosineOnly(), budget=8, every=2) as cache:
+        llama(ids[:, :20], past_key_values=cache)
+        loss = sum(llama(ids[:, i : i + 1], past_key_values=cache).logits.logsumexp(-1).sum() for i in range(20, 24))
+        (grad,) = torch.autograd.grad(loss, llama.model.layers[0].self_attn.v_proj.weight)
+    assert grad.isfinite().all() and grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_flash_attentions_own_lse_is_used(monkeypatch):
+    """With a stand-in for the flash_attn package: its softmax_lse reaches the score, and the kept sets are those of sdpa."""
+    calls = []
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, return_attn_probs):
+        assert causal and return_attn_probs
+        groups, width, length = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
+        logits = (q @ k.mT * softmax_scale).float()
+        logits = logits.masked_fill(torch.arange(length) > torch.arange(length - width, length)[:, None], -torch.inf)
+        calls.append(width)
+        return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+    model = tiny("Llama", attn_implementation="sdpa")
+    ids, mask = padded((0, 0), 40)
+    for method in (kv.SnapKV(window=5), kv.LazyEviction(alpha=0.02, window=4)):
+        options = {"method": method, "budget": 14, "every": 6}
+        with kv.CompressedCache(model.config, **options) as plain:
+            want, _ = stream(model, plain, ids, mask, [26, *[1] * 14])
+        model.config._attn_implementation = "flash_attention_2"
+        passes = []
+
+        def counted(*tensors, passes=passes, **named):
+            passes.append(named.get("lse") is not None)
+            return kv.window_importance(*tensors, **named)
+
+        for where in ("cache", "compress"):
+            monkeypatch.setattr(sys.modules[f"distilkernels.kv.{where}"], "window_importance", counted)
+        with kv.CompressedCache(model.config, **options) as flash:
+            got, _ = stream(model, flash, ids, mask, [26, *[1] * 14])
+        monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
+        assert model.config._attn_implementation == "flash_attention_2"
+        model.config._attn_implementation = "sdpa"
+        assert passes and all(passes)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        for a, b in zip(flash.layers, plain.layers):
+            assert torch.equal(a.positions, b.positions)
+    assert calls.count(26) == 6
+
+
+def test_a_model_outside_the_registry_is_noticed():
+    model = tiny("Llama")
+    stranger = transformers.LlamaConfig(**{**model.config.to_dict(), "num_hidden_layers": 3})
+    stranger._attn_implementation = "sdpa"
+    with kv.CompressedCache(stranger, method=kv.CosineOnly(), budget=8) as cache, torch.no_grad():
+        model(torch.zeros(1, 3, dtype=torch.long), past_key_values=cache)
+        with pytest.raises(RuntimeError, match="the last tokens' attention was not seen"):
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+
+
+CONFIG = transformers.LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=9)
+CONFIG._attn_implementation = "sdpa"
+
+
+def cache(config=CONFIG, method=None, budget=16, **options):
+    return kv.CompressedCache(config, method=kv.RKV() if method is None else method, budget=budget, **options)
+
+
+def configured(**changes):
+    config = transformers.LlamaConfig(**{**CONFIG.to_dict(), **changes})
+    config._attn_implementation = changes.get("attention", "sdpa")
+    return config
+
+
+@pytest.mark.parametrize("call,error,match", [
+    (lambda: cache(method=kv.RKV), TypeError, "method must be an object such as"),
+    (lambda: cache(method="rkv"), TypeError, "method must be an object such as"),
+    (lambda: cache(budget=7), ValueError, "budget must be at least 8, the number of protected entries; got 7"),
+    (lambda: cache(budget=[16]), ValueError, "budget must have one entry a layer, 2; got 1"),
+    (lambda: cache(budget=[16, [16]]), ValueError, "budget must have one number a KV head, 2; got 1"),
+    (lambda: cache(budget=0.5), TypeError, "budget must be an int or a sequence"),
+    (lambda: cache(every=0), ValueError, "every must be a positive int"),
+    (lambda: cache(protect_first=-1), ValueError, "protect_first must not be negative"),
+    (lambda: cache(tiny("Llama")), TypeError, "config must be a model's config"),
+    (lambda: cache(configured(layer_types=["full_attention", "sliding_attention"])), ValueError, "config has sliding_attention layers"),
+    (lambda: cache(configured(attention="paged")), ValueError, "attention implementation 'paged', which has no registered mask"),
+    (lambda: cache(configured(attention="flex_attention")), ValueError, "flex_attention"),
+    (lambda: cache(configured(attention="flash_attention_2"), budget=[[16, 16]] * 2), ValueError, "one number a layer with flash_attention"),
+])  # fmt: skip
+def test_errors(call, error, match):
+    with pytest.raises(error, match=match):
+        call()
+    assert CONFIG._attn_implementation == "sdpa"
