@@ -75,7 +75,7 @@ def test_from_hidden():
 
 def test_several_temperatures(monkeypatch):
     """Blocks of rows and no blocks agree; strided logits; nothing has a gradient."""
-    monkeypatch.setattr(signals, "_BLOCK_BYTES", 2 * 501 * 4)
+    monkeypatch.setattr(signals, "_block_rows", lambda rows: 2)
     x = torch.randn(3, 6, 501, requires_grad=True)
     rows, ids = x[:, :-1], torch.randint(0, 501, (3, 5))
     got = signals.from_logits(rows, ids, temperatures=(0.3, 1.0, 4.0))
@@ -99,6 +99,20 @@ def test_gradients(fused):
         return got.logprob, got.entropy, got.confidence, got.self_certainty
 
     assert torch.autograd.gradcheck(differentiable, (x, w) if fused else (x,))
+
+
+@pytest.mark.skipif(torch._dynamo.config.disable, reason="torch.compile is switched off")
+def test_compiles_whole():
+    """One graph, the same numbers and gradients."""
+    x, ids = torch.randn(3, 301, requires_grad=True), torch.randint(0, 301, (3,))
+
+    def loss(x):
+        found = signals.from_logits(x, ids)
+        return (found.entropy + found.confidence + 0.1 * found.self_certainty - found.logprob + found.margin).sum()
+
+    got, want = torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], torch.autograd.grad(want, x)[0])
 
 
 def extreme_rows(v=1031):

@@ -25,8 +25,6 @@ __all__ = [
 
 _WITHOUT_IDS = ("lse", "expected_logit", "logit_sum", "max", "second")
 _WITH_IDS = ("gathered", "rank")
-# rows that several temperatures are taken of before the next: 8 MB stay in a CPU's last-level cache and in a GPU's second level
-_BLOCK_BYTES = 8 << 20
 
 
 class TokenSignals(NamedTuple):
@@ -137,9 +135,15 @@ def _at_heads(rows: Tensor, ids: Tensor | None, want: tuple[str, ...], heads: li
     return [VocabStats(**run(rows, ids, None, names, head, backend)) for head in heads]
 
 
+def _block_rows(rows: Tensor) -> int:
+    """How many rows [O, I, V] all temperatures are taken of before the next: 8 MB stay in a GPU's second-level cache and in a CPU's
+    last one, where every thread also needs some rows."""
+    fitting = (8 << 20) // (rows.shape[2] * rows.element_size())
+    return max(fitting, 4 * torch.get_num_threads() if rows.device.type == "cpu" else 1)
+
+
 def _tempered_rows(rows: Tensor, ids: Tensor | None, want: tuple[str, ...], heads: list[Head], backend: str | None) -> list[list[VocabStats]]:
-    step = max(1, _BLOCK_BYTES // (rows.shape[2] * rows.element_size()))
-    parts = []
+    step, parts = _block_rows(rows), []
     for outer in range(rows.shape[0]):
         # no rows make one empty block, so that every result has its shape
         for start in range(0, max(rows.shape[1], 1), step):
