@@ -77,12 +77,14 @@ class ReverseSpeculative(Rule):
     """RSD (arXiv 2509.22230): the teacher proposes, the student accepts what it might have said itself, Q(x) ≥ min_prob.
 
     Args:
-        min_prob: compared with Q before judge_top_k renormalises it. The published setting is 0.01, trials=5, both top-k 20.
+        min_prob: compared with Q before judge_top_k renormalises it (at temperature 0 every token of the largest logit passes). The
+            published setting is 0.01, trials=5, both top-k 20.
         trials: T. A rejected proposal is followed by up to T − 1 further draws from the proposer's pool, in closed form: with
             a = Σ P̃ over the pool's tokens that pass, one of them succeeds with probability 1 − (1 − a)^{T−1} and is then a draw from P̃
             restricted to those (source ACCEPTED); else the token is a draw from Q (FALLBACK).
         proposer_top_k: the pool, P̃ = P renormalised on it; the proposals must be drawn from it.
-        judge_top_k: a token must be among these to pass, and the fallback is drawn from Q renormalised on them.
+        judge_top_k: a token must be among these to pass, and the fallback is drawn from Q renormalised on them. Both top-k come where the
+            side's own top_k would: before its top_p and min_p.
         bonus: None, "draw" or "argmax" after the last proposal.
     """
 
@@ -113,7 +115,8 @@ class ReverseSpeculative(Rule):
 
     def passing(self, block: Block) -> Tensor:
         """The raw logits [B, R] from which a token passes: one threshold for proposals and for the pool."""
-        return torch.maximum(block.judge.law.bar_of(block.per_request(self.min_prob)), block.fallback.bar)
+        bar = block.judge.law.bar_of(block.per_request(self.min_prob))
+        return bar if self.judge_top_k is None else torch.maximum(bar, block.fallback.bar)
 
     def accept(self, block: Block) -> Tensor:
         return block.logits >= self.passing(block)[:, : block.ids.shape[1]]
@@ -198,6 +201,8 @@ class BlockVerification(Rule):
 
     def length(self, block: Block) -> Tensor:
         g = block.ids.shape[1]
+        if not g:
+            return torch.zeros_like(block.lengths)
         p = self._prefix(block)
         count = torch.arange(1, g + 1, device=p.device)
         last = count == block.lengths[:, None]
@@ -207,7 +212,7 @@ class BlockVerification(Rule):
         h = torch.where((z == 0) & (p[:, 1:] == 1), 1.0, z / (z + 1 - p[:, 1:]))
         h = torch.where(last, p[:, 1:], h)
         kept = block.present & (block.uniforms <= h)
-        return torch.where(kept, count, 0).amax(1) if g else torch.zeros_like(block.lengths)
+        return torch.where(kept, count, 0).amax(1)
 
     def scale(self, block: Block, accepted: Tensor) -> Tensor:
         return self._prefix(block).gather(1, accepted[:, None])[:, 0]
@@ -250,7 +255,7 @@ class ThresholdAcceptance(Rule):
         return self.fallback
 
     def accept(self, block: Block) -> Tensor:
-        return block.logits >= block.judge_law.bar_of(block.per_request(self.min_prob))
+        return block.log_q >= block.per_request(self.min_prob).log()
 
 
 @dataclass(frozen=True, eq=False)

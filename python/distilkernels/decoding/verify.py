@@ -41,7 +41,8 @@ class Verdict:
     ``valid`` bool [B]: False where a row it needed held NaN, +inf or nothing but −inf; it then emits what was accepted before.
     ``num_accepted`` int64 [B]. ``next_token`` int64 [B], −1 = none. ``next_source`` int64 [B]: a :class:`Source`. ``accepted`` bool [B, G].
     Labels of the token emitted at i, [B, G + 1], NaN or −1 where none is: ``judge_logprobs`` and ``proposer_logprobs`` (raw, at
-    temperature 1; float32, float64 for float64 logits), ``judge_rank`` int64 (raw), ``judge_entropy`` of the judge's raw row.
+    temperature 1; float32, float64 for float64 logits; a bonus has no proposer's), ``judge_rank`` int64 (raw), ``judge_entropy`` of the
+    judge's raw row.
     """
 
     valid: Tensor
@@ -85,7 +86,9 @@ def verify(
         proposer_logits: [B, G, Vp], the rows the proposals were drawn from. Needed by rules that compare with P, and for
             `proposer_logprobs`.
         judge_logits: [B, G, V], or [B, G + 1, V] for rules with a bonus; row i is conditioned on the prompt and proposals before i.
-        lengths: int64 [B], how many proposals each request has; default G.
+            A bonus comes from row lengths[b], so with G rows only shorter requests have one.
+        lengths: int64 [B], how many proposals each request has; default G. Rows and proposals behind them may hold anything. Out of
+            [0, G] is an error on a CPU, and the nearest bound elsewhere.
         seeds: 64 bits each: an int or int64 [B]. positions: int64 [B], where the block starts in its sequence: the same block with
             the same seed and position has the same outcome in any batch.
         proposer, judge: temperature and filters of the two sides: P and Q are the laws after them. The proposals must have been drawn
@@ -110,7 +113,10 @@ def verify(
     judged_columns, proposed_columns = (min(width, valid_vocab or width) for width in (widths[0], widths[-1]))
     columns = min(judged_columns, proposed_columns)
     seeds, positions = (checked_per_row(name, value, (b,), device) for name, value in (("seeds", seeds), ("positions", positions)))
-    lengths = torch.full((b,), g, device=device) if lengths is None else checked_per_row("lengths", lengths, (b,), device)
+    lengths = torch.full((b,), g, device=device) if lengths is None else _checked_lengths(lengths, b, g, device)
+
+    if not r:
+        return _nothing(b, device, judge_logits.dtype)
 
     place = torch.arange(g, device=device)
     known = (place < lengths[:, None]) & (ids >= 0) & (ids < columns)
@@ -134,9 +140,8 @@ def verify(
 
     # a row without a law ends its request before it: nothing there can be accepted or drawn
     broken = law.lse.isnan() | fallback.lse.isnan()
-    if proposed is not None:
-        broken = broken | torch.nn.functional.pad(proposed.law.lse.isnan(), (0, r - g))
-    present = present & (~broken[:, :g]).long().cumprod(1).bool()
+    unproposed = torch.zeros_like(broken) if proposed is None else torch.nn.functional.pad(proposed.law.lse.isnan(), (0, r - g))
+    present = present & (~(broken | unproposed)[:, :g]).long().cumprod(1).bool()
     sound = present.sum(1)
 
     x = raw["gathered"].view(b, r)[:, :g]
@@ -154,7 +159,9 @@ def verify(
     has_row = accepted < r
     drawn_here = has_row & (~finished if rule.bonus is None else torch.ones_like(finished))
     row = accepted.clamp(max=r - 1)
-    valid = ~(drawn_here & broken.gather(1, row[:, None])[:, 0])
+    # P is not asked for behind the last proposal, nor where there is none to compare
+    needed = broken | (unproposed & (~finished & ~absent)[:, None])
+    valid = ~(drawn_here & needed.gather(1, row[:, None])[:, 0])
     draws = drawn_here & valid
     found, source = _next(rule, block, fallback, row, draws, finished, absent, Noise(seeds, positions, accepted, int(Stream.FALLBACK)), judged_columns)
 
@@ -174,7 +181,7 @@ def verify(
     if proposer_logits is not None and g:
         safe = accepted.clamp(max=g - 1)
         z = proposer_logits[torch.arange(b, device=device), safe, token.clamp(0, proposer_logits.shape[2] - 1)].double()
-        missing = (accepted >= g) | (token < 0) | (token >= proposed_columns)
+        missing = finished | (token < 0) | (token >= proposed_columns)
         after = (z - proposer_lse.gather(1, safe[:, None])[:, 0]).masked_fill(missing, math.nan)
         proposer_labels = label(y.double() - proposer_lse, after, math.nan)
     return Verdict(
@@ -186,32 +193,43 @@ def verify(
     )  # fmt: skip
 
 
+def _nothing(b: int, device: torch.device, dtype: torch.dtype) -> Verdict:
+    """No proposals and no row to draw from."""
+    none = torch.full((b,), -1, device=device)
+    labels = presented(torch.full((b, 1), math.nan, dtype=torch.float64, device=device), dtype)
+    return Verdict(
+        valid=none < 0, num_accepted=torch.zeros_like(none), next_token=none, next_source=torch.full_like(none, int(Source.NONE)),
+        accepted=torch.zeros(b, 0, dtype=torch.bool, device=device), judge_logprobs=labels, proposer_logprobs=labels.clone(),
+        judge_rank=none[:, None].clone(), judge_entropy=labels.clone(),
+    )  # fmt: skip
+
+
 def _next(
     rule: Rule, block: Block, fallback, row: Tensor, draws: Tensor, finished: Tensor, absent: Tensor, noise: Noise, vocab: int
 ) -> tuple[Drawn, Tensor]:
     """(the token after the accepted ones, its source) for every request of `draws`."""
-    g = block.ids.shape[1]
     rejected = ~finished & ~absent
+    at_rejection = rule.at_rejection if block.ids.shape[1] else "draw"
     place = torch.arange(row.shape[0], device=row.device), row
     law = fallback.at(place)
     # an argmax is a draw at temperature 0
-    cold = torch.where(finished, rule.bonus == "argmax", rule.at_rejection == "argmax")
+    cold = torch.where(finished, rule.bonus == "argmax", at_rejection == "argmax")
     law = law._replace(temperature=torch.where(cold, 0.0, law.temperature))
     source = torch.where(finished, int(Source.BONUS), int(Source.FALLBACK))
     options = {"vocab": vocab, "backend": block.backend}
     rows = torch.where(draws, row, -1)
-    if rule.at_rejection == "residual":
-        compared = torch.where(draws & rejected & (row < g), row, -1)
+    if at_rejection == "residual":
+        compared = torch.where(draws & rejected, row, -1)
         found = drawn(
             block.judge.operand(rows, law), noise, block.columns, second=block.proposer.operand(compared), scale=rule.scale(block, noise.offsets),
             mode="residual", **options,
         )  # fmt: skip
         return found, torch.where(found.compared, int(Source.RESIDUAL), source)
-    if rule.at_rejection != "retry":
+    if at_rejection != "retry":
         return drawn(block.judge.operand(rows, law), noise, block.columns, **options), source
 
     # trials 2 … T at once: a coin against their joint failure, and one draw from the part of the pool that passes
-    tried = torch.where(draws & rejected & (row < g), row, -1)
+    tried = torch.where(draws & rejected, row, -1)
     pool, gate = block.proposer.operand(tried), block.judge.operand(tried)
     gate = gate._replace(law=gate.law._replace(bar=rule.passing(block)[place]))
     share = mass(pool, block.columns, second=gate, mode="gate", backend=block.backend).clamp(0, 1)
@@ -228,7 +246,17 @@ def _raw_statistics(rows: Tensor, ids: Tensor, columns: int, backend: str | None
     """Labels at temperature 1 from one read: of rows [O, I, V] at ids [B, R]."""
     names = ("lse", "gathered", "expected_logit", "argmax", "rank") if ranks else ("lse", "gathered")
     head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
-    return statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
+    found = statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
+    return found | {"lse": found["lse"].masked_fill(~found["lse"].isfinite(), math.nan)}
+
+
+def _checked_lengths(lengths, b: int, g: int, device: torch.device) -> Tensor:
+    lengths = checked_per_row("lengths", lengths, (b,), device)
+    if device.type == "cpu" and b:
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > g:
+            raise ValueError(f"lengths must be in [0, {g}], the number of proposals; got {low if low < 0 else high}")
+    return lengths.clamp(0, g)
 
 
 def _checked_shapes(rule: Rule, proposals: Tensor, proposer_logits: Tensor | None, judge_logits: Tensor) -> tuple[Tensor, int, int]:

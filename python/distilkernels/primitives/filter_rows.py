@@ -67,15 +67,15 @@ class Filtered(NamedTuple):
     def bar_of(self, probability: Tensor | float) -> Tensor:
         """The raw logit from which Q_v ≥ probability, in the fields' shape and `bar`'s dtype: T·(log probability + lse), rounded up.
 
-        At T = 0 the largest logit: where several are equal, all of them pass.
+        −inf for probability 0. At T = 0 the largest logit: where several are equal, all of them pass.
         """
         wanted = torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
         cold = self.temperature == 0
         exact = torch.where(cold, 0.0, self.temperature) * (torch.where(cold, 0.0, wanted) + self.lse)
-        exact = torch.where(torch.as_tensor(probability, device=cold.device) <= 0, -math.inf, exact)
         bar = exact.to(self.bar.dtype)
         bar = torch.where(bar < exact, torch.nextafter(bar, torch.full_like(bar, math.inf)), bar)
-        return torch.where(cold, self.bar, torch.maximum(bar, self.bar))
+        bar = torch.where(cold, self.bar, torch.maximum(bar, self.bar))
+        return torch.where((wanted == -math.inf) & ~self.bar.isnan(), -math.inf, bar)
 
     def at(self, index) -> Filtered:
         """The laws of some rows: any index over the fields."""
@@ -104,7 +104,8 @@ def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Ten
     ordered = x.sort(dim=-1, descending=True).values
     p = ((ordered - top[:, None]) / t).exp()
     # of an entry, what lies strictly above it: the sums before the first of its equals
-    first = torch.searchsorted(-ordered.nan_to_num(-math.inf), -ordered.nan_to_num(-math.inf))
+    falling = -ordered.nan_to_num(-math.inf).contiguous()
+    first = torch.searchsorted(falling, falling)
     kept_k = (filters.top_k <= 0)[:, None] | (first < filters.top_k[:, None])
     p_k = torch.where(kept_k, p, 0.0)
     above = torch.nn.functional.pad(p_k.cumsum(-1), (1, 0)).gather(-1, first)
