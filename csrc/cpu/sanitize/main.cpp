@@ -32,6 +32,15 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
     VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(), second.data(),
                  finite.data(), argmax.data(), rank.data(), gathered.data(), above.data()};
     for_items(a, 2, kernels().vocab_stats);
+    // without masses the rank of a single id is counted in the sweep
+    std::vector<int64_t> counted(n * k);
+    a.rank = counted.data();
+    a.mass_above = nullptr;
+    for_items(a, 2, kernels().vocab_stats);
+    if (counted != rank) {
+        std::printf("%s dtype %d V %lld K %lld: ranks differ\n", isa().c_str(), int(dtype), (long long)vocab, (long long)k);
+        ++failures;
+    }
     for (int64_t r = 0; r < n; ++r) {
         double expected = 0;
         for (int64_t v = 0; v < head.columns; ++v) {
