@@ -178,7 +178,7 @@ def test_nothing_counts():
 
 def test_statistics():
     h, w, b, teacher = problem()
-    want = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max", "argmax", "rank", "mass_above")
+    want = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max", "argmax", "second", "rank", "mass_above")
     got = dk.linear_vocab_stats(h, w, teacher.ids, want=want, bias=b, chunk_size=4, temperature=1.5, **HEAD)
     exact = dk.vocab_stats(h @ w.t() + b, teacher.ids, want=want, temperature=1.5, **HEAD)
     for name in want:

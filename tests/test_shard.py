@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 import distilkernels as dk
 
 N, V, H, K = 9, 101, 16, 6
-EVERYTHING = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max", "argmax", "rank", "mass_above")
+EVERYTHING = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max", "argmax", "second", "rank", "mass_above")
 HEAD = dict(temperature=1.3, softcap=5.0, logit_scale=0.7)
 EVEN = {2: [0, 51, 101], 4: [0, 26, 51, 76, 101]}
 UNEVEN = {2: [0, 3, 101], 4: [0, 70, 71, 90, 101]}
@@ -77,6 +77,13 @@ def worker(rank, world, port, cuts, dtype_name, out):
     ids = torch.rand(3, N // 3, V, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :K]
     ids[0, 0, 1], ids[0, 0, 3] = -1, ids[0, 0, 0]
     found["stats"] = dk.vocab_stats(z[..., start:stop], ids, want=EVERYTHING, shard=shard, **HEAD)
+    confidence = lambda stats: stats.max - stats.lse
+    z = (hidden @ weight.t() + bias)[..., start:stop].detach().requires_grad_()
+    h, w = hidden.clone().requires_grad_(), weight[start:stop].clone().requires_grad_()
+    found["of maximum"] = [
+        torch.autograd.grad(dk.row_loss(z, None, confidence, want=("lse", "max"), shard=shard), z)[0],
+        *torch.autograd.grad(dk.linear_row_loss(h, w, None, confidence, want=("lse", "max"), shard=shard), (h, w)),
+    ]
     found["signal"] = dk.linear_token_logprobs(hidden, weight[start:stop], ids[..., 0].clamp(min=0), bias=bias[start:stop], entropy=True, shard=shard)
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
@@ -114,6 +121,15 @@ def test_ranks_equal_one_process(world, cuts, tmp_path):
     ids = torch.rand(3, N // 3, V, generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :K]
     ids[0, 0, 1], ids[0, 0, 3] = -1, ids[0, 0, 0]
     want = dk.vocab_stats(z, ids, want=EVERYTHING, **HEAD)
+    confidence = lambda stats: stats.max - stats.lse
+    leaf, h, w = (t.clone().requires_grad_() for t in (hidden @ weight.t() + bias, hidden, weight))
+    (dz,) = torch.autograd.grad(dk.row_loss(leaf, None, confidence, want=("lse", "max")), leaf)
+    dh, dw = torch.autograd.grad(dk.linear_row_loss(h, w, None, confidence, want=("lse", "max")), (h, w))
+    parts = [rank["of maximum"] for rank in ranks]
+    close(torch.cat([part[0] for part in parts], -1), dz)
+    for part in parts:
+        close(part[1], dh)
+    close(torch.cat([part[2] for part in parts]), dw)
     for rank in ranks:
         for name in (*EVERYTHING, "finite_count"):
             torch.testing.assert_close(getattr(rank["stats"], name), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True)

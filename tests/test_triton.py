@@ -113,7 +113,7 @@ def test_native_spans_of_a_row(dtype):
     seams = [0, tile - 1, tile, 4 * tile - 1, 4 * tile, span - 1, span, vocab - 1]
     ids = torch.tensor([seams, seams[::-1]])
     assert_close(*statistics(x, ids), tolerance=1e-5)
-    got, exact = statistics(x, None, want=("lse", "max", "argmax"))
+    got, exact = statistics(x, None, want=("lse", "max", "argmax", "second"))
     assert_close(got, exact)
     assert got["argmax"][1] == span - 1
 
@@ -213,7 +213,7 @@ def test_native_refuses_double():
 # ----------------------------------------------------------------------------------------- ahead of time
 
 LOSS = ("lse", "gathered", "tail_lse")
-SIGNALS = ("lse", "expected_logit", "logit_sum", "max", "argmax")
+SIGNALS = ("lse", "expected_logit", "logit_sum", "max", "argmax", "second")
 TEMPERED, CAPPED, PADDED = Head(temperature=2.0), Head(softcap=30.0), Head(valid_vocab=151_665)
 
 
@@ -245,6 +245,7 @@ VARIANTS = {
     "signals-bfloat16": lambda: forward_case(torch.bfloat16, SIGNALS, k=0),
     "signals-float32": lambda: forward_case(torch.float32, SIGNALS, k=0),
     "everything": lambda: forward_case(torch.bfloat16, WANTS, head=TEMPERED),
+    "signals-1": lambda: forward_case(torch.bfloat16, (*SIGNALS, "gathered", "rank"), k=1),
     "rank-1": lambda: forward_case(torch.bfloat16, ("lse", "rank", "mass_above"), k=1),
     "rank-64": lambda: forward_case(torch.bfloat16, ("lse", "rank", "mass_above")),
     "backward-bfloat16": lambda: backward_case(torch.bfloat16),

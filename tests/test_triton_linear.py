@@ -30,7 +30,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 HERE = Path(__file__).parent
 PLAIN = Head()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TILED = tuple(name for name in WANTS if name not in ("rank", "mass_above"))
+TILED = tuple(name for name in WANTS if name not in ("second", "rank", "mass_above"))
 LOSS = ("lse", "gathered", "tail_lse")
 # what one rounding to the dtype moves a number by; the interpreter truncates bfloat16 where a device rounds
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0 ** (-7 if INTERPRETED else -8), torch.float16: 2.0**-11}
@@ -354,6 +354,7 @@ def test_native_refusals():
     assert refuse("linear_vocab_stats", hidden, weight, want=LOSS) is None
     assert "one dtype" in refuse("linear_vocab_stats", hidden, weight.bfloat16())
     assert "rank and mass_above" in refuse("linear_vocab_stats", hidden, weight, want=("lse", "rank", "mass_above"))
+    assert "second needs a tile" in refuse("linear_vocab_stats", hidden, weight, want=("lse", "second"))
     assert "float64" in refuse("gather_dot", hidden.double(), weight.double())
 
 

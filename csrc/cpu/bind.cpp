@@ -37,7 +37,7 @@ Ids ids(const IdNumbers& i) { return {at<void>(std::get<0>(i)), std::get<1>(i), 
 Matrix matrix(const MatrixNumbers& m) { return {DType(std::get<0>(m)), at<void>(std::get<1>(m)), std::get<2>(m), std::get<3>(m), std::get<4>(m)}; }
 
 void stats(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, Pointer thresholds, const HeadNumbers& h, int threads,
-           const std::array<Pointer, 11>& out) {
+           const std::array<Pointer, 12>& out) {
     VocabStats a;
     a.dtype = DType(dtype);
     a.logits = rows(logits, shape);
@@ -53,8 +53,9 @@ void stats(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, P
     a.lse_t1 = at<double>(out[6]);
     a.max = at<double>(out[7]);
     a.argmax = at<int64_t>(out[8]);
-    a.rank = at<int64_t>(out[9]);
-    a.mass_above = at<void>(out[10]);
+    a.second = at<double>(out[9]);
+    a.rank = at<int64_t>(out[10]);
+    a.mass_above = at<void>(out[11]);
     py::gil_scoped_release release;
     for_items(a, threads, kernels().vocab_stats);
 }

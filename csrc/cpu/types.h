@@ -102,7 +102,7 @@ struct VocabStats {
     Ids ids;
     const void* thresholds;
     Head head;
-    double *lse, *tail_lse, *expected_logit, *logit_sum, *lse_t1, *max;
+    double *lse, *tail_lse, *expected_logit, *logit_sum, *lse_t1, *max, *second;
     int64_t *finite_count, *argmax, *rank;
     void *gathered, *mass_above;
 

@@ -13,16 +13,18 @@ struct Sums {
     double sum = 0;                          // of finite z
     int64_t finite = 0;
     double top = -kInf;
-    int64_t top_begin = 0;  // the chunk that holds the first top
+    int64_t top_begin = 0;    // the chunk that holds the first top
+    double runner_up = -kInf;  // the largest top of the other chunks
+    int64_t above = 0;        // entries with z above the bar
     bool nan = false;
 };
 
 template <class V, bool signals, Map map, class T>
-inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* hidden, const Transform<V, map>& f, double ref) {
+inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* hidden, const Transform<V, map>& f, double ref, double bar) {
     using F = typename V::F;
-    const F reference = V::set(ref), zero = V::set(0);
+    const F reference = V::set(ref), zero = V::set(0), one = V::set(1), threshold = V::set(bar);
     F exps[4] = {zero, zero, zero, zero}, exp_ds[4] = {zero, zero, zero, zero};
-    F sums = zero, top = V::set(-kInf);
+    F sums = zero, top = V::set(-kInf), above = zero;
     Sums out;
     if constexpr (signals) out.finite = (end - begin + block<V> - 1) / block<V> * block<V>;
     for (int64_t c = begin; c < end; c += block<V>) {
@@ -36,7 +38,11 @@ inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* 
             if constexpr (signals) exp_ds[i] = V::fma(e, d, exp_ds[i]);
         }
         if constexpr (signals) {
-            top = V::max(V::max(V::max(z[0], z[1]), V::max(z[2], z[3])), top);
+            const F highest = V::max(V::max(z[0], z[1]), V::max(z[2], z[3]));
+            top = V::max(highest, top);
+            if (V::bits(V::gt(highest, threshold))) {
+                for (int i = 0; i < 4; ++i) above = above + V::keep(V::gt(z[i], threshold), one);
+            }
             const F four = (z[0] + z[1]) + (z[2] + z[3]);
             constexpr unsigned all = (1u << V::width) - 1;
             if (__builtin_expect(V::bits(V::finite(four)) == all, 1)) {
@@ -54,6 +60,7 @@ inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* 
     if constexpr (signals) {
         out.exp_d = V::sum((exp_ds[0] + exp_ds[1]) + (exp_ds[2] + exp_ds[3]));
         out.sum = V::sum(sums);
+        out.above = int64_t(V::sum(above));
         out.top = V::top(top);
     }
     return out;
@@ -77,7 +84,7 @@ template <class V, Map map, class T>
 // One read of the row, whatever its spread: the reference is the maximum of the first block that has a finite entry, and
 // a chunk whose sum outgrows it is read again, from the first-level cache, against its own maximum.
 template <class V, bool signals, Map map, class T>
-Sums sweep(const T* x, int64_t columns, const uint64_t* hidden, const Transform<V, map>& f) {
+Sums sweep(const T* x, int64_t columns, const uint64_t* hidden, const Transform<V, map>& f, double bar = kInf) {
     Sums total;
     for (int64_t begin = 0; begin < columns; begin += kChunk) {
         const int64_t end = std::min(columns, begin + kChunk);
@@ -85,7 +92,7 @@ Sums sweep(const T* x, int64_t columns, const uint64_t* hidden, const Transform<
             total.ref = largest<V, map>(x, c, std::min<int64_t>(end, c + block<V>), hidden, f);
         }
         if (total.ref == -kInf) continue;
-        Sums chunk = sweep_chunk<V, signals, map>(x, begin, end, hidden, f, total.ref);
+        Sums chunk = sweep_chunk<V, signals, map>(x, begin, end, hidden, f, total.ref, bar);
         if (!(chunk.exp >= 0 && chunk.exp < kTooLarge)) {
             const double top = largest<V, map>(x, begin, end, hidden, f);
             if (std::isnan(top) || std::isnan(total.ref)) {
@@ -103,13 +110,15 @@ Sums sweep(const T* x, int64_t columns, const uint64_t* hidden, const Transform<
                 total.exp_d = factor == 0 ? 0 : factor * (total.exp_d + shift * total.exp);
                 total.exp *= factor;
                 total.ref = top;
-                chunk = sweep_chunk<V, signals, map>(x, begin, end, hidden, f, top);
+                chunk = sweep_chunk<V, signals, map>(x, begin, end, hidden, f, top, bar);
             }
         }
         total.exp += chunk.exp;
         total.exp_d += chunk.exp_d;
         total.sum += chunk.sum;
         total.finite += chunk.finite;
+        total.above += chunk.above;
+        total.runner_up = std::max(total.runner_up, std::min(total.top, chunk.top));
         if (chunk.top > total.top) {
             total.top = chunk.top;
             total.top_begin = begin;
@@ -256,7 +265,7 @@ inline Combined combine(const Sums& tail, double tail_lse, const std::vector<dou
 }
 
 inline void nan_row(const VocabStats& a, int64_t r) {
-    for (double* out : {a.lse, a.tail_lse, a.expected_logit, a.logit_sum, a.lse_t1, a.max})
+    for (double* out : {a.lse, a.tail_lse, a.expected_logit, a.logit_sum, a.lse_t1, a.max, a.second})
         if (out) out[r] = kNaN;
     if (a.argmax) a.argmax[r] = -1;
 }
@@ -271,21 +280,33 @@ void stats_rows(const VocabStats& a, Scratch& s, int64_t begin, int64_t end) {
     const int64_t columns = a.head.columns, k = int64_t(s.ids.size());
     S* gathered = static_cast<S*>(a.gathered);
     S* mass_above = static_cast<S*>(a.mass_above);
+    // the rank of one entry is counted on the way; several, and masses, take another pass over the cached row
+    const bool counted = signals && a.rank && k == 1 && !a.mass_above && !a.thresholds;
 
     for (int64_t r = begin; r < end; ++r) {
         const T* x = a.logits.row<const T>(r);
         mark(a, s, r);
-        Sums tail = sweep<V, signals, map>(x, columns, s.hidden.data(), f);
-        gather<V, map>(s, x, columns, f, nullptr);
+        if (counted) gather<V, map>(s, x, columns, f, nullptr);
+        Sums tail = sweep<V, signals, map>(x, columns, s.hidden.data(), f, counted ? s.z[0] : kInf);
+        if (!counted) gather<V, map>(s, x, columns, f, nullptr);
         for (double z : s.z) tail.nan |= std::isnan(z);
 
-        double top = tail.top;
+        double top = tail.top, second = tail.runner_up;
         int64_t top_id = -1, finite = tail.finite;
         double sum = tail.sum;
         if (signals && !tail.nan) {
-            if (top > -kInf && a.argmax) top_id = first_at_least<V, map>(x, tail.top_begin, columns, s.hidden.data(), f, top);
+            if (top > -kInf && (a.argmax || a.second)) top_id = first_at_least<V, map>(x, tail.top_begin, columns, s.hidden.data(), f, top);
+            if (top_id >= 0 && a.second) {
+                // what is second in the chunk of the top: its largest without it
+                const uint64_t bit = uint64_t(1) << (top_id & 63);
+                s.hidden[top_id / 64] |= bit;
+                const int64_t chunk_end = std::min(columns, tail.top_begin + kChunk);
+                second = std::max(second, largest<V, map>(x, tail.top_begin, chunk_end, s.hidden.data(), f));
+                s.hidden[top_id / 64] &= ~bit;
+            }
             for (int64_t slot = 0; slot < k; ++slot) {
                 const double z = s.z[slot];
+                second = std::max(second, std::min(top, z));
                 if (std::isfinite(z)) {
                     sum += z;
                     ++finite;
@@ -319,17 +340,19 @@ void stats_rows(const VocabStats& a, Scratch& s, int64_t begin, int64_t end) {
         if (a.expected_logit) a.expected_logit[r] = all.expected;
         if (a.logit_sum) a.logit_sum[r] = sum;
         if (a.max) a.max[r] = top;
+        if (a.second) a.second[r] = second;
         if (a.argmax) a.argmax[r] = top_id;
         if (a.lse_t1) {
             const Sums t1 = a.head.temperature == 1 ? Sums() : sweep<V, false, map>(x, columns, s.hidden.data(), f_t1);
             a.lse_t1[r] = a.head.temperature == 1 ? all.lse : t1.exp > 0 ? t1.ref + std::log(t1.exp) : -kInf;
         }
-        if (a.rank || a.mass_above) rank_row<V, map>(a, s, r, x, f, all.lse);
+        if (counted) a.rank[r] = s.ids[0] >= 0 ? tail.above : -1;
+        else if (a.rank || a.mass_above) rank_row<V, map>(a, s, r, x, f, all.lse);
     }
 }
 
 inline void vocab_stats(const VocabStats& a, Scratch& s, int64_t begin, int64_t end) {
-    const bool signals = a.expected_logit || a.logit_sum || a.finite_count || a.max || a.argmax;
+    const bool signals = a.expected_logit || a.logit_sum || a.finite_count || a.max || a.argmax || a.second || a.rank;
     visit_dtype(a.dtype, [&](auto v, auto t) {
         visit_map(a.head, [&](auto m) {
             using V = decltype(v);

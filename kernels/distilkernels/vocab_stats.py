@@ -54,7 +54,7 @@ CONFIG = Config()
 
 # fields of one span's record, in doubles
 _FIELDS = tl.constexpr(8)
-_MAX, _SUM, _WEIGHTED, _SUM_T1, _LOGITS, _FINITE, _COLUMN = (tl.constexpr(i) for i in range(7))
+_MAX, _SUM, _WEIGHTED, _SUM_T1, _LOGITS, _FINITE, _COLUMN, _SECOND = (tl.constexpr(i) for i in range(8))
 _INF = tl.constexpr(math.inf)
 _NAN = tl.constexpr(math.nan)
 # stands for −∞ where 0·(−∞) must be 0: its exponential is 0 and its product with a sum stays finite
@@ -92,6 +92,16 @@ def _without_ids(z, offs, stop, order, at, following, k):
 
 
 @triton.jit
+def _ids_below(order, start, k):
+    """(how many of a row's ascending ids are below `start`, the next one)."""
+    at = 0
+    for first in range(0, k, 128):
+        some = first + tl.arange(0, 128)
+        at += tl.sum((tl.load(order + some, mask=some < k, other=_NO_ID) < start).to(tl.int32), 0)
+    return at, tl.load(order + at, mask=at < k, other=_NO_ID)
+
+
+@triton.jit
 def _above(z, w, bars):
     higher = z[None, :] > bars[:, None]
     return tl.sum(tl.where(higher, w[None, :], 0.0), 1), tl.sum(higher.to(tl.int32), 1)
@@ -125,7 +135,7 @@ def _pass_kernel(
     logits, order, distinct, thresholds, spans, slots,
     vocab, columns, inner_rows, stride_o, stride_i, n_spans, k, scale, cap, inv_t, t,
     HEAD: tl.constexpr, MASKED: tl.constexpr, EXPECTED: tl.constexpr, LOGIT_SUM: tl.constexpr, T1: tl.constexpr,
-    ARGMAX: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
+    ARGMAX: tl.constexpr, SECOND: tl.constexpr, SLOTS: tl.constexpr, CHUNKS: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Sums over one span of a row, without the ids in `order`. Program = (row, span, chunk of SLOTS thresholds).
 
@@ -144,11 +154,7 @@ def _pass_kernel(
 
     if order is not None:
         order += row.to(tl.int64) * k
-        at = 0
-        for first in range(0, k, 128):
-            some = first + tl.arange(0, 128)
-            at += tl.sum((tl.load(order + some, mask=some < k, other=_NO_ID) < start).to(tl.int32), 0)
-        following = tl.load(order + at, mask=at < k, other=_NO_ID)
+        at, following = _ids_below(order, start, k)
 
     if SLOTS > 0:
         slot = chunk * SLOTS + tl.arange(0, SLOTS)
@@ -174,6 +180,8 @@ def _pass_kernel(
         finite = tl.zeros([TILE // VECTOR], tl.int32)
     if ARGMAX:
         best = start
+    if SECOND:
+        runner_up = -_INF
 
     for base in range(start, stop, STEP):
         base = tl.multiple_of(base, TILE)
@@ -197,6 +205,8 @@ def _pass_kernel(
         highest = tl.max(tl.maximum(tl.maximum(z0, z1), tl.maximum(z2, z3)), 0)
         if ARGMAX:
             best = tl.where(highest > top, base, best)
+        if SECOND:
+            runner_up = tl.maximum(runner_up, tl.minimum(top, highest))
         higher = tl.maximum(top, highest)
         shift = tl.where(higher == -_INF, 0.0, higher)
         fall = tl.maximum(top - shift, _FAR)
@@ -242,10 +252,18 @@ def _pass_kernel(
             tl.store(spans + _LOGITS, tl.sum(logit_sum.to(tl.float64), 0))
             tl.store(spans + _FINITE, tl.sum(finite, 0).to(tl.float64))
         if ARGMAX:
-            # the ids are in this tile again; where one is above `top`, it is the row's maximum and the column is not used
+            # the ids are in this tile again; where one is above `top`, it is the row's maximum and the column is not used,
+            # but none may be taken for the second
             offs = best + tl.arange(0, STEP)
             z = _z_of_tile(tl.load(line + offs, mask=offs < vocab, other=-_INF), offs, columns, scale, cap, inv_t, HEAD, MASKED)
-            tl.store(spans + _COLUMN, tl.min(tl.where(z == tl.max(z, 0), offs, _NO_ID), 0).to(tl.float64))
+            if SECOND and order is not None:
+                at, following = _ids_below(order, best, k)
+                z, at, following = _without_ids(z, offs, best + STEP, order, at, following, k)
+            column = tl.min(tl.where(z == tl.max(z, 0), offs, _NO_ID), 0)
+            tl.store(spans + _COLUMN, column.to(tl.float64))
+            if SECOND:
+                rest = tl.max(tl.where(offs == column, -_INF, z), 0)
+                tl.store(spans + _SECOND, tl.maximum(runner_up, rest).to(tl.float64))
 
 
 @triton.jit
@@ -260,7 +278,7 @@ def _entries(line, distinct, slot, k, columns, scale, cap, inv_t, HEAD: tl.const
 @triton.jit
 def _row_kernel(
     logits, distinct, thresholds, spans, slots,
-    lse, gathered, tail_lse, expected_logit, logit_sum, finite_count, lse_t1, maximum, argmax, rank, mass_above,
+    lse, gathered, tail_lse, expected_logit, logit_sum, finite_count, lse_t1, maximum, argmax, second, rank, mass_above,
     columns, inner_rows, stride_o, stride_i, n_spans, k, scale, cap, inv_t, t,
     HEAD: tl.constexpr, SPANS: tl.constexpr, WIDTH: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -287,6 +305,9 @@ def _row_kernel(
     if argmax is not None:
         column = tl.load(record + _COLUMN, mask=live, other=_NO_ID)
         column = tl.min(tl.where(tops == top, column, _NO_ID), 0)
+    if second is not None:
+        runners = tl.load(record + _SECOND, mask=live, other=-_INF)
+        runner_up = tl.max(tl.where(span == tl.min(tl.where(tops == top, span, SPANS), 0), runners, tops), 0)
     if distinct is not None:
         distinct += row * k
 
@@ -303,6 +324,10 @@ def _row_kernel(
             if logit_sum is not None:
                 sum_z += tl.sum(_finite_sum(z), 0)
                 finite += tl.sum(_finite(z).to(tl.float64), 0)
+            if second is not None:
+                at = tl.min(tl.where(z == highest, slot, _NO_ID), 0)
+                rest = tl.max(tl.where(slot == at, -_INF, z), 0)
+                runner_up = tl.maximum(tl.maximum(runner_up, rest), tl.minimum(top, highest))
             higher = tl.maximum(top, highest)
             shift = tl.where(higher == -_INF, 0.0, higher)
             fall = tl.maximum(top - shift, _FAR)
@@ -334,6 +359,8 @@ def _row_kernel(
         tl.store(maximum + row, tl.where(bad, _NAN, top))
     if argmax is not None:
         tl.store(argmax + row, tl.where(bad, -1.0, column).to(tl.int64))
+    if second is not None:
+        tl.store(second + row, tl.where(bad, _NAN, runner_up))
 
     if distinct is not None:
         for first in range(0, k, WIDTH):
@@ -402,13 +429,13 @@ def forward_launches(
             n * n_spans * chunks,
             shared | heads | sizes | {
                 "order": order, "vocab": vocab, "MASKED": masked, "EXPECTED": "expected_logit" in out,
-                "LOGIT_SUM": "logit_sum" in out, "T1": "lse_t1" in out, "ARGMAX": "argmax" in out,
+                "LOGIT_SUM": "logit_sum" in out, "T1": "lse_t1" in out, "ARGMAX": "argmax" in out or "second" in out, "SECOND": "second" in out,
                 "SLOTS": chunk, "CHUNKS": chunks,
             },
             config.num_warps,
         )
     )  # fmt: skip
-    names = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "argmax", "rank", "mass_above")
+    names = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "argmax", "second", "rank", "mass_above")
     written = {name: out.get(name) for name in names} | {"maximum": out.get("max")}
     widths = {"SPANS": triton.next_power_of_2(n_spans), "WIDTH": config.entries, "KEPT": chunks * chunk}
     launches.append(Launch(_row_kernel, n, shared | heads | written | widths, 1))

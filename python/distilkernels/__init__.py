@@ -1,7 +1,7 @@
 """Kernels for distilling reasoning into small language models: top-k KL losses, teacher proposal and student
 acceptance, compressed KV-cache alignment. The long axis is reduced in kernels, the short one is plain PyTorch."""
 
-from . import backends, divergences
+from . import backends, divergences, objectives, segments, signals
 from .align import align_tokens
 from .capture import capture_samples, capture_topk, linear_capture_samples, linear_capture_topk, linear_score_topk, score_topk
 from .errors import BackendError
@@ -34,8 +34,11 @@ __all__ = [
     "linear_token_logprobs",
     "linear_topk_distill_loss",
     "linear_vocab_stats",
+    "objectives",
     "row_loss",
     "score_topk",
+    "segments",
+    "signals",
     "token_logprobs",
     "topk_distill_loss",
     "vocab_stats",

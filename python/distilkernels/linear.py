@@ -70,7 +70,8 @@ def linear_row_loss(
         sparse_weight_grad: where `want` is "gathered" alone, d weight is a sparse tensor of the rows at the ids, as
             ``nn.Embedding(sparse=True)`` gives; elsewhere every row has a gradient, and asking is a ValueError.
         path: "chunked", or "tiles" for a Triton GEMM whose tiles of logits are reduced in registers and recomputed in the
-            backward: 8·N·V·H FLOPs instead of 6, no room for a chunk needed. Triton only; no rank, mass_above or shard.
+            backward: 8·N·V·H FLOPs instead of 6, no room for a chunk needed. Triton only; no second, rank, mass_above
+            or shard.
 
     Returns:
         As :func:`row_loss`. A scalar's gradient is computed in the forward: three GEMMs, two or one where weight or hidden

@@ -23,15 +23,24 @@ void run(DType dtype, int64_t outer, int64_t inner, int64_t vocab, int64_t pad, 
     if (n > 1) narrow(-kInf, x[0]);
     std::vector<int64_t> ids(n * k);
     for (int64_t i = 0; i < n * k; ++i) ids[i] = int64_t(generator() % (vocab + 2)) - 1;
-    std::vector<double> lse(n), tail(n), mu(n), sum(n), t1(n), top(n), coef(6 * n);
+    std::vector<double> lse(n), tail(n), mu(n), sum(n), t1(n), top(n), second(n), coef(6 * n);
     std::vector<int64_t> finite(n), argmax(n), rank(n * k);
     std::vector<S> gathered(n * k), above(n * k), entries(n * k, S(1));
     const Rows rows{x.data(), outer, inner, vocab, inner * stride, stride};
     const Ids all{k ? ids.data() : nullptr, true, k};
 
-    VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(),
+    VocabStats a{dtype, rows, all, nullptr, head, lse.data(), tail.data(), mu.data(), sum.data(), t1.data(), top.data(), second.data(),
                  finite.data(), argmax.data(), rank.data(), gathered.data(), above.data()};
     for_items(a, 2, kernels().vocab_stats);
+    // without masses the rank of a single id is counted in the sweep
+    std::vector<int64_t> counted(n * k);
+    a.rank = counted.data();
+    a.mass_above = nullptr;
+    for_items(a, 2, kernels().vocab_stats);
+    if (counted != rank) {
+        std::printf("%s dtype %d V %lld K %lld: ranks differ\n", isa().c_str(), int(dtype), (long long)vocab, (long long)k);
+        ++failures;
+    }
     for (int64_t r = 0; r < n; ++r) {
         double expected = 0;
         for (int64_t v = 0; v < head.columns; ++v) {

@@ -13,7 +13,7 @@ except ImportError as reason:
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _TAKEN = (*_DTYPES, torch.int32, torch.int64)
 _OUTPUTS = (
-    "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "rank", "mass_above",
+    "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "second", "rank", "mass_above",
 )  # fmt: skip
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "topk_select", "draw_rows",

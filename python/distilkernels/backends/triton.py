@@ -50,6 +50,8 @@ def why_not(primitive: str, *tensors: Tensor, want: Iterable[str] = ()) -> str |
                 f"{' and '.join(ranked)} compare every logit of a row with K of them, which are not known before the tiles that "
                 "hold them; the chunked path has them"
             )
+        if "second" in tuple(want):
+            return "second needs a tile without its largest entries beside the tile; the chunked path has it"
     if device.type == "cuda" and not interpreted:
         if torch.version.hip is not None:
             return "the Triton kernels are written and tested for NVIDIA devices; this is a ROCm build of torch"

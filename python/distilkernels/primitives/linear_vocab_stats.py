@@ -87,7 +87,7 @@ class Chunks:
         """Turns z into d z in place, from the gradients of the chunk's statistics."""
         plan, ids = self.plan, self.ids_of(rows)
         if plan.shard is not None:
-            ids = plan.shard.local_ids(ids)
+            ids, stats = plan.shard.local_ids(ids), plan.shard.local_argmax(stats)
         ids, entries, coef, terms = dense_coefficients(stats, grads, ids, plan.local)
         sparse = set(grads) == {"gathered"}
         run = logits_grad_op if torch.compiler.is_compiling() else logits_grad

@@ -1,6 +1,6 @@
 """Vocabulary-parallel rows: each rank holds some columns of the lm_head, and all ranks see the whole row's statistics.
 
-Forward, per call: one MAX all-reduce of the gathered logits [N, K], one all-gather of 8 + 2K numbers a row. Backward: none
+Forward, per call: one MAX all-reduce of the gathered logits [N, K], one all-gather of 9 + 2K numbers a row. Backward: none
 for logits, since d logits of a rank's columns needs only the row's statistics; one all-reduce of d hidden behind the
 lm_head.
 """
@@ -21,7 +21,7 @@ from .statistics import VocabStats
 
 # the vocabulary's size is not known to a rank
 _ANY = 2**31 - 1
-_PER_ROW = ("lse", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax")
+_PER_ROW = ("lse", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "second")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +62,10 @@ class VocabShard:
         mine = (ids >= self.start) & (ids < self.stop)
         return torch.where(mine, ids - self.start, -1)
 
+    def local_argmax(self, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of whole rows with `argmax` as an id of this rank's columns, for the gradient of the maximum."""
+        return stats | {"argmax": self.local_ids(stats["argmax"])} if "argmax" in stats else stats
+
     def reduce_max(self, t: Tensor) -> Tensor:
         dist.all_reduce(t, dist.ReduceOp.MAX, group=self.group)
         return t
@@ -77,7 +81,7 @@ class VocabShard:
         head = self.head(head)
         local_ids = gathered = None
         # lse weighs the parts of the row and shows its NaNs, max tells whose argmax it is
-        here = {"lse", *names} - {"rank", "mass_above"} | ({"max"} if "argmax" in names else set())
+        here = {"lse", *names} - {"rank", "mass_above"} | ({"max"} if "argmax" in names or "second" in names else set())
         here = tuple(name for name in VocabStats._fields if name in here)
         if ids is not None:
             local_ids = self.local_ids(without_duplicates(ids, _ANY))
@@ -114,7 +118,7 @@ class VocabShard:
         packed = torch.cat([torch.stack(columns, 1), *(found[name].double() for name in slots)], 1)
         gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(gathered, packed, group=self.group)
-        ranks = torch.stack(gathered)  # [R, N, 8 + 2K]
+        ranks = torch.stack(gathered)  # [R, N, 9 + 2K]
         part = {name: ranks[..., i] for i, name in enumerate(rows)}
         for i, name in enumerate(slots):
             part[name] = ranks[..., len(rows) + i * ids.shape[1] : len(rows) + (i + 1) * ids.shape[1]]
@@ -134,6 +138,8 @@ class VocabShard:
         if "argmax" in part:
             lowest = torch.where(part["max"] == merged["max"], part["argmax"], math.inf).amin(0)
             merged["argmax"] = torch.where(bad, -1.0, lowest)
+        if "second" in part:
+            merged["second"] = torch.where(bad, math.nan, torch.cat([part["max"], part["second"]]).topk(2, dim=0).values[1])
         if slots:
             unknown = (without_duplicates(ids, _ANY) < 0) | bad[:, None]
         if "rank" in part:

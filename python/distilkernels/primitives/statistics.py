@@ -18,7 +18,8 @@ class VocabStats(NamedTuple):
     ``expected_logit`` [...]   μ = Σ q_v z_v (0·−inf = 0); the entropy is lse − μ
     ``logit_sum`` [...]        Σ z_v over finite entries; their number is ``finite_count`` [...] int64
     ``lse_t1`` [...]           the log-sum-exp at temperature 1, log Σ exp(T·z_v), whatever the temperature T of z
-    ``max``, ``argmax`` [...]  the largest z and its lowest id (int64); not differentiable
+    ``max``, ``argmax`` [...]  the largest z and its lowest id (int64); where equal, the gradient of ``max`` is that id's
+    ``second`` [...]           the second largest z: the largest without the entry at argmax; not differentiable
     ``rank`` [..., K]          #{v : z_v > z at the id} (int64), −1 for an empty slot; not differentiable
     ``mass_above`` [..., K]    Σ q_v over those v, NaN for an empty slot; not differentiable
     ========================== ==================================================================================
@@ -37,6 +38,7 @@ class VocabStats(NamedTuple):
     lse_t1: Tensor | None = None
     max: Tensor | None = None
     argmax: Tensor | None = None
+    second: Tensor | None = None
     rank: Tensor | None = None
     mass_above: Tensor | None = None
 
@@ -60,7 +62,7 @@ DEFAULT_WANT = ("lse", "gathered")
 _NEEDS_IDS = ("gathered", "tail_lse", "rank", "mass_above")
 PER_SLOT = ("gathered", "rank", "mass_above")
 INTEGER = ("finite_count", "argmax", "rank")
-DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1")
+DIFFERENTIABLE = ("lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "lse_t1", "max")
 
 
 def checked_want(want: Iterable[str], has_ids: bool) -> tuple[str, ...]:
@@ -86,4 +88,6 @@ def computed(want: tuple[str, ...], has_ids: bool) -> tuple[str, ...]:
         names.add("gathered")
     if "logit_sum" in names:
         names.add("finite_count")
+    if "max" in names:
+        names.add("argmax")
     return tuple(name for name in VocabStats._fields if name in names)

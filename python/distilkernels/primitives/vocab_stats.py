@@ -73,11 +73,12 @@ def reference(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, hea
         values["finite_count"] = finite.sum(-1)
     if "lse_t1" in out:
         values["lse_t1"] = head.apply(raw, temperature=1.0).logsumexp(-1)
-    if "max" in out or "argmax" in out:
+    if not {"max", "argmax", "second"}.isdisjoint(out):
         values["max"] = z.amax(-1)
         # torch.argmax may return any of several equal maxima
         lowest = (z == values["max"][:, None]).int().argmax(-1)
         values["argmax"] = lowest.masked_fill(bad, -1)
+        values["second"] = z.scatter(1, lowest[:, None], -math.inf).amax(-1).masked_fill(bad, math.nan)
     if ids is not None:
         distinct = without_duplicates(ids, vocab)
         gathered = gather_logits(logits, distinct, head)
@@ -136,17 +137,42 @@ def reference_backward(
 # ---------------------------------------------------------------------------------------------- autograd
 
 
+def _maximum_as_slot(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: Tensor | None):
+    """(stats, grads, ids) in which the maximum is the logit of a slot: of the one that has its id already, or of one more."""
+    top, best, slope = stats["max"], stats["argmax"], grads["max"]
+    rest = {name: t for name, t in grads.items() if name != "max"}
+    if ids is None:
+        return stats | {"gathered": top.masked_fill(best < 0, -math.inf)[:, None]}, rest | {"gathered": slope[:, None]}, best[:, None]
+    gathered = stats["gathered"]
+    match = (ids == best[:, None]) & (gathered > -math.inf)
+    fresh = (best >= 0) & ~match.any(-1)
+    of_slots = torch.where(match, slope[:, None], 0.0)
+    if "gathered" in rest:
+        of_slots = of_slots + rest["gathered"]
+    tail = rest.get("tail_lse")
+    if tail is not None:
+        # the new slot is one of the tail's columns, whose entry would have had this
+        slope = slope + torch.where(fresh & (tail != 0), tail * (top - stats["tail_lse"]).exp(), 0.0)
+    slots = torch.cat([gathered, top.masked_fill(~fresh, -math.inf)[:, None].to(gathered.dtype)], 1)
+    ids = torch.cat([ids.long(), best.masked_fill(~fresh, -1)[:, None]], 1)
+    return stats | {"gathered": slots}, rest | {"gathered": torch.cat([of_slots, slope[:, None]], 1)}, ids
+
+
 def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: Tensor | None, head: Head):
     """(ids, entries, coef, terms) of the backward kernel from the gradients of the statistics.
 
     On tail entries the reference point is tail_lse, not lse: e^{z − tail_lse} ≤ 1 there, so no coefficient overflows
     when the tail is tiny. Products with a zero upstream gradient are zero even where the row holds NaN.
     """
+    if "max" in grads:
+        stats, grads, ids = _maximum_as_slot(stats, grads, ids)
     upstream = next(iter(grads.values()))
     zero = upstream.new_zeros(upstream.shape[0], dtype=row_dtype(upstream.device))
     g = {name: grads.get(name) for name in DIFFERENTIABLE}
     g_lse, g_mu, tail = g["lse"], g["expected_logit"], g["tail_lse"]
-    lse, mu = stats.get("lse", zero), stats.get("expected_logit")
+    # the reference of a term that is not asked for: far above, so that its exponentials are 0 and not 0·∞
+    far = zero + 1e30
+    lse, mu = stats.get("lse", far), stats.get("expected_logit")
 
     def of_softmax(at: Tensor) -> Tensor:
         """The factor of q_v at an entry whose z is `at` ([N] or [N, K])."""
@@ -166,7 +192,7 @@ def dense_coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor], ids: 
         b = zero if g_mu is None else torch.where(g_mu == 0, 0.0, q_tail * g_mu)
     c = zero if g["logit_sum"] is None else g["logit_sum"]
     d = zero if g["lse_t1"] is None else g["lse_t1"] * head.temperature
-    lse_t1 = zero if g["lse_t1"] is None else stats["lse_t1"]
+    lse_t1 = far if g["lse_t1"] is None else stats["lse_t1"]
     coef = torch.stack([ref, a, b, c, d, lse_t1], 1).to(zero.dtype)
     terms = tuple(
         term for term, of in (("linear", g_mu), ("constant", g["logit_sum"]), ("t1", g["lse_t1"])) if of is not None
@@ -224,14 +250,16 @@ def logits_grad(
     return out
 
 
-def _save(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor]) -> None:
-    saved = [name for name in ("lse", "gathered", "tail_lse", "expected_logit", "lse_t1") if name in outputs]
+def _save(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor], shard: VocabShard | None = None) -> None:
+    if shard is not None:
+        outputs = shard.local_argmax(outputs)
+    saved = [name for name in ("lse", "gathered", "tail_lse", "expected_logit", "lse_t1", "max", "argmax") if name in outputs]
     ctx.save_for_backward(logits, ids, *(outputs[name] for name in saved))
     ctx.saved_names, ctx.names, ctx.head, ctx.backend, ctx.inplace = saved, names, head, backend, inplace
 
 
-def _prepare(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor]) -> None:
-    _save(ctx, logits, ids, names, head, backend, inplace, outputs)
+def _prepare(ctx, logits, ids, names, head, backend, inplace, outputs: dict[str, Tensor], shard: VocabShard | None = None) -> None:
+    _save(ctx, logits, ids, names, head, backend, inplace, outputs, shard)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(t for name, t in outputs.items() if name not in DIFFERENTIABLE))
 
@@ -251,10 +279,10 @@ class _VocabStats(torch.autograd.Function):
     def forward(ctx, logits, ids, thresholds, names, head, backend, inplace, shard):
         if shard is None:
             outputs = statistics(logits, ids, thresholds, names, head, backend)
+            _prepare(ctx, logits, ids, names, head, backend, inplace, outputs)
         else:
             outputs = shard.statistics(statistics, logits, ids, names, head, backend)
-            ids, head = shard.local_ids(ids), shard.head(head)
-        _prepare(ctx, logits, ids, names, head, backend, inplace, outputs)
+            _prepare(ctx, logits, shard.local_ids(ids), names, shard.head(head), backend, inplace, outputs, shard)
         return tuple(outputs.values())
 
     @staticmethod
