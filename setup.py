@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CompileError, LinkError
 
@@ -45,6 +45,9 @@ class BuildExtension(build_ext):
                 return False
         return True
 
+
+# one file per instruction set, a minute each
+ParallelCompile(default=0).install()
 
 extension = Pybind11Extension(
     "distilkernels._cpp",
