@@ -143,7 +143,7 @@ def test_lines_of_text_and_a_model_without_tokenizer(tiny, tmp_path):
 
 def test_resume_after_an_interruption(tiny, data, tmp_path, capsys, monkeypatch):
     """Ctrl-C during a batch: the batch is finished and flushed; the next run takes the rest."""
-    store, appended = tmp_path / "store", []
+    store, appended, handler = tmp_path / "store", [], signal.getsignal(signal.SIGINT)
     append = dk.store.TopKWriter.append
 
     def interrupting(self, teacher, doc_id, **more):
@@ -155,7 +155,7 @@ def test_resume_after_an_interruption(tiny, data, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(dk.store.TopKWriter, "append", interrupting)
     assert capture(tiny, data, store, "--batch-tokens", "60") == 130
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     assert "interrupted: captured" in capsys.readouterr().err
     with dk.store.TopKReader(store) as reader:
         assert reader.docs == appended and 3 <= len(appended) < len(data.expected)
