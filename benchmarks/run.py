@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
+    about = environment(args.device)  # before a suite changes the instruction set
     suite = importlib.import_module(f".{args.suite}", __package__)
     with tqdm(total=1, unit="run", leave=False, mininterval=1) as progress:
         rows = list(suite.bench(args.device, args.repeats, args.quick, progress))
     table = pd.DataFrame(rows)
-    about = environment(args.device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     for keys, part in table.groupby(list(suite.GROUP), sort=False):
         print("\n" + "  ".join(f"{name}={value}" for name, value in zip(suite.GROUP, keys)))
