@@ -23,6 +23,7 @@ using Pointer = uintptr_t;
 using Shape = std::array<int64_t, 5>;                      // outer, inner, vocab, outer stride, inner stride
 using HeadNumbers = std::tuple<double, double, double, int64_t>;  // temperature, scale, softcap or 0, columns
 using IdNumbers = std::tuple<Pointer, bool, int64_t>;       // data, int64, K
+using OperandNumbers = std::tuple<int, Pointer, Shape, std::array<Pointer, 5>>;  // dtype, logits; rows, temperature, bar, lse, argmax
 using MatrixNumbers = std::tuple<int, Pointer, int64_t, int64_t, int64_t>;  // dtype, data, rows, columns, stride
 
 template <class T>
@@ -59,11 +60,11 @@ void stats(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, P
 }
 
 // Before the first touch of a large fresh tensor: faulting it in by 4 KiB pages runs at 3 GB/s.
-void advise_huge_pages(const Rows& r, size_t itemsize) {
+void advise_huge_pages(const Rows& r, size_t item) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t huge = 2 << 20;
     const auto begin = reinterpret_cast<uintptr_t>(r.data);
-    const uintptr_t end = begin + ((r.outer - 1) * r.outer_stride + (r.inner - 1) * r.inner_stride + r.vocab) * itemsize;
+    const uintptr_t end = begin + ((r.outer - 1) * r.outer_stride + (r.inner - 1) * r.inner_stride + r.vocab) * item;
     const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
     if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
@@ -71,7 +72,6 @@ void advise_huge_pages(const Rows& r, size_t itemsize) {
 
 void stats_backward(int dtype, Pointer logits, const Shape& shape, const IdNumbers& id, Pointer entries, bool wide_entries, Pointer coef,
                     bool constant_or_t1, const HeadNumbers& h, int threads, Pointer out, const Shape& out_shape) {
-    constexpr size_t itemsize[] = {4, 2, 2, 8};
     VocabStatsBackward a;
     a.dtype = DType(dtype);
     a.logits = rows(logits, shape);
@@ -83,7 +83,7 @@ void stats_backward(int dtype, Pointer logits, const Shape& shape, const IdNumbe
     a.head = head(h);
     a.out = rows(out, out_shape);
     py::gil_scoped_release release;
-    if (out != logits) advise_huge_pages(a.out, itemsize[dtype]);
+    if (out != logits) advise_huge_pages(a.out, itemsize(a.dtype));
     for_items(a, threads, kernels().vocab_stats_backward);
 }
 
@@ -120,6 +120,37 @@ void draw(int dtype, Pointer logits, const Shape& shape, const HeadNumbers& h, d
     for_items(a, threads, kernels().draw_rows);
 }
 
+void filter(int dtype, Pointer logits, const Shape& shape, int64_t columns, const std::array<Pointer, 4>& by, int threads,
+            const std::array<Pointer, 5>& out) {
+    const FilterRows a{DType(dtype), rows(logits, shape), columns, at<double>(by[0]), at<int64_t>(by[1]), at<double>(by[2]), at<double>(by[3]),
+                       at<void>(out[0]), at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), at<int64_t>(out[4])};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().filter_rows);
+}
+
+DrawWeights weights(int mode, const OperandNumbers& first, const OperandNumbers& second, Pointer scale, int64_t count, int64_t columns) {
+    const auto operand = [](const OperandNumbers& o) {
+        const std::array<Pointer, 5>& law = std::get<3>(o);
+        return FilteredRows{DType(std::get<0>(o)), rows(std::get<1>(o), std::get<2>(o)), at<int64_t>(law[0]), at<double>(law[1]), at<void>(law[2]),
+                       at<double>(law[3]), at<int64_t>(law[4])};
+    };
+    return {Mode(mode), operand(first), operand(second), at<double>(scale), count, columns};
+}
+
+void weigh(int mode, const OperandNumbers& first, const OperandNumbers& second, Pointer scale, int64_t count, int64_t columns, int threads, Pointer out) {
+    const WeighRows a{weights(mode, first, second, scale, count, columns), at<double>(out)};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().weigh_rows);
+}
+
+void sample(int mode, const OperandNumbers& first, const OperandNumbers& second, Pointer scale, int64_t count, int64_t columns, int64_t vocab,
+            const std::array<Pointer, 4>& noise, int64_t stream, int threads, const std::array<Pointer, 4>& out) {
+    const SampleRows a{weights(mode, first, second, scale, count, columns), vocab, at<int64_t>(noise[0]), at<int64_t>(noise[1]), at<int64_t>(noise[2]),
+                       at<int64_t>(noise[3]), stream, at<int64_t>(out[0]), at<void>(out[1]), at<int64_t>(out[2]), at<bool>(out[3])};
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().sample_rows);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
@@ -132,6 +163,9 @@ PYBIND11_MODULE(_cpp, m) {
     bind_store(m);
     m.def("topk_select", &select_topk);
     m.def("draw_rows", &draw);
+    m.def("filter_rows", &filter);
+    m.def("sample_rows", &sample);
+    m.def("weigh_rows", &weigh);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);

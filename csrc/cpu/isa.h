@@ -17,6 +17,9 @@ struct Kernels {
     void (*gather_dot_weight_grad)(const GatherDotWeightGrad&, Scratch&, int64_t begin, int64_t end);
     void (*topk_select)(const TopkSelect&, Scratch&, int64_t begin, int64_t end);
     void (*draw_rows)(const DrawRows&, Scratch&, int64_t begin, int64_t end);
+    void (*filter_rows)(const FilterRows&, Scratch&, int64_t begin, int64_t end);
+    void (*sample_rows)(const SampleRows&, Scratch&, int64_t begin, int64_t end);
+    void (*weigh_rows)(const WeighRows&, Scratch&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

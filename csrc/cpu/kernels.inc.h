@@ -7,6 +7,9 @@
 #include "gather_dot.inc.h"
 #include "topk_select.inc.h"
 #include "draw_rows.inc.h"
+#include "filter_rows.inc.h"
+#include "uniforms.inc.h"
+#include "sample_rows.inc.h"
 
 extern const Kernels kernels = {vocab_stats, vocab_stats_backward, gather_dot, gather_dot_hidden_grad, gather_dot_weight_grad,
-                                topk_select, draw_rows};
+                                topk_select, draw_rows, filter_rows, sample_rows, weigh_rows};

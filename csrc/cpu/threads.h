@@ -66,7 +66,7 @@ inline bool& forked() {
 
 // Kernels that order logits, whose denormals count.
 template <class Args>
-constexpr bool orders = std::is_same<Args, TopkSelect>::value;
+constexpr bool orders = std::is_same<Args, TopkSelect>::value || std::is_same<Args, FilterRows>::value || std::is_base_of<DrawWeights, Args>::value;
 
 // Below this many numbers a second thread costs more (about 5 µs to wake) than it saves.
 constexpr int64_t kSerialNumbers = 1 << 15;

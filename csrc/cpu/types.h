@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -20,6 +21,8 @@ struct f16 {
 };
 
 enum class DType : int { f32, bf16, f16, f64 };
+
+constexpr size_t itemsize(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -215,6 +218,81 @@ struct DrawRows {
     int64_t tiles() const { return (head.columns + kTile - 1) / kTile; }
 };
 
+// What a row is filtered by, [N]: temperature 0 is the argmax; top_k 0, top_p ≥ 1 and min_p 0 are off. bar [N] is double for double
+// logits, else float.
+struct FilterRows {
+    DType dtype;
+    Rows logits;
+    int64_t columns;
+    const double* temperature;
+    const int64_t* top_k;
+    const double *top_p, *min_p;
+    void* bar;
+    double *lse, *lse_all, *expected;
+    int64_t* argmax;
+
+    // Columns whose largest entries, one a lane, bound the top_k-th and tell which columns are read again.
+    static constexpr int64_t kTile = 512;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return items() * logits.vocab; }
+    int64_t tiles() const { return (columns + kTile - 1) / kTile; }
+};
+
+// Filtered softmaxes of `rows` [R] of logits, −1 for none; the law's fields are [R], its bar as above.
+struct FilteredRows {
+    DType dtype;
+    Rows logits;
+    const int64_t* rows;
+    const double* temperature;
+    const void* bar;
+    const double* lse;
+    const int64_t* argmax;
+};
+
+enum class Mode : int { plain, residual, gate };
+
+// The weights of R draws; no `second` in a plain one, `scale` [R] only in a residual.
+struct DrawWeights {
+    Mode mode;
+    FilteredRows first, second;
+    const double* scale;
+    int64_t count, columns;
+
+    int64_t items() const { return count; }
+    int64_t numbers() const { return count * columns; }
+};
+
+struct WeighRows : DrawWeights {
+    double* out;
+};
+
+// streams [R], or null and `stream` for all. value [R] is double for double logits, else float.
+struct SampleRows : DrawWeights {
+    int64_t vocab;
+    const int64_t *seeds, *positions, *offsets, *streams;
+    int64_t stream;
+    int64_t* token;
+    void* value;
+    int64_t* rank;
+    bool* compared;
+};
+
+// Memory that nobody has written: its pages cost nothing before they are used.
+class Unwritten {
+public:
+    Unwritten() = default;
+    explicit Unwritten(size_t size) : size_(size), data_(new unsigned char[size]) {}
+    Unwritten(const Unwritten& other) : Unwritten(other.size_) {}
+    Unwritten(Unwritten&&) = default;
+    Unwritten& operator=(Unwritten&&) = default;
+    unsigned char* data() const { return data_.get(); }
+
+private:
+    size_t size_ = 0;
+    std::unique_ptr<unsigned char[]> data_;
+};
+
 // One thread's working memory, allocated before the parallel region so that nothing throws inside it.
 struct Scratch {
     struct Bar {
@@ -235,6 +313,8 @@ struct Scratch {
     std::vector<Ranked> ranked, ranked_aside;
     std::vector<int64_t> candidates;             // ids
     std::vector<double> tile_sums, tile_refs;    // Σ e^{z − ref} of a tile
+    Unwritten entries;                           // three rows of columns and a block
+    size_t entries_stride = 0;
 
     Scratch(const VocabStats& a) : hidden(a.logits.vocab / 64 + 1) {
         const size_t k = a.ids.data ? a.ids.count : 0;
@@ -266,6 +346,20 @@ struct Scratch {
         for (auto* v : {&tile_sums, &tile_refs}) v->resize(a.tiles());
     }
 
+    explicit Scratch(const FilterRows& a) : Scratch(a.tiles() * kMostLanes) {
+        hidden.resize(a.logits.vocab / 64 + 1);
+        entries_stride = ((a.columns + 2 * kMostBlock) * (a.dtype == DType::f64 ? 8 : 4) + kLine - 1) / kLine * kLine;
+        entries = Unwritten(3 * entries_stride + kLine);
+    }
+    explicit Scratch(const WeighRows&) {}
+    explicit Scratch(const SampleRows&) {}
+
+    template <class S>
+    S* entries_row(int index) const {
+        const auto data = reinterpret_cast<uintptr_t>(entries.data());
+        return reinterpret_cast<S*>((data + kLine - 1) / kLine * kLine + index * entries_stride);
+    }
+
     template <class S>
     S* row(int index) {
         const auto data = reinterpret_cast<uintptr_t>(wide.data());
@@ -274,7 +368,7 @@ struct Scratch {
 
 private:
     static constexpr size_t kLine = 64;
-    static constexpr int64_t kMostLanes = 16;
+    static constexpr int64_t kMostLanes = 16, kMostBlock = 64;
     // whole cache lines, and at least the vector that the last entry lies in
     explicit Scratch(int64_t columns) : wide(2 * (columns * sizeof(double) / kLine + 2) * kLine + kLine) {}
 };

@@ -44,7 +44,37 @@ struct Float {
         return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
     }
 
+    // The lanes of `bits`, packed; as much as a whole vector may be written. How many they are.
+    static int pack(float* p, F x, unsigned bits) {
+        float lanes[width];
+        store(lanes, x);
+        int count = 0;
+        for (; bits; bits &= bits - 1) p[count++] = lanes[__builtin_ctz(bits)];
+        return count;
+    }
+
+    typedef uint32_t U __attribute__((vector_size(32)));
+    static U load(const uint32_t* p) { return (U)_mm256_loadu_si256((const __m256i*)p); }
+    static void multiply(U x, uint32_t factor, U& high, U& low) {
+        const __m256i all = _mm256_set1_epi64x(factor), even = _mm256_mul_epu32((__m256i)x, all),
+                      odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), all);
+        high = (U)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+        low = (U)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    }
+    // both halves are exact, so the sum is rounded once
+    static F real(U x) {
+        const __m256i high = _mm256_srli_epi32((__m256i)x, 16), low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xffff));
+        return fma(_mm256_cvtepi32_ps(high), set(0x1p16f), _mm256_cvtepi32_ps(low));
+    }
+    // In each 128 bits, word j of vector i to word i of vector j.
+    static void transpose(F (&x)[4]) {
+        const F a = _mm256_unpacklo_ps(x[0], x[1]), b = _mm256_unpackhi_ps(x[0], x[1]), c = _mm256_unpacklo_ps(x[2], x[3]), d = _mm256_unpackhi_ps(x[2], x[3]);
+        x[0] = low_pairs(a, c), x[1] = high_pairs(a, c), x[2] = low_pairs(b, d), x[3] = high_pairs(b, d);
+    }
+
 private:
+    static F low_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
+    static F high_pairs(F a, F b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); }
     static __m128i to_f16(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static __m128i to_bf16(F x) {
         const __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

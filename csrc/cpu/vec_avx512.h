@@ -36,7 +36,30 @@ struct Float {
         return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))));
     }
 
+    // The lanes of `bits`, packed; a whole vector is written. How many they are.
+    static int pack(float* p, F x, unsigned bits) {
+        _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(bits), x));
+        return __builtin_popcount(bits);
+    }
+
+    typedef uint32_t U __attribute__((vector_size(64)));
+    static U load(const uint32_t* p) { return (U)_mm512_loadu_si512(p); }
+    static void multiply(U x, uint32_t factor, U& high, U& low) {
+        const __m512i all = _mm512_set1_epi64(factor), even = _mm512_mul_epu32((__m512i)x, all),
+                      odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), all);
+        high = (U)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+        low = (U)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    }
+    static F real(U x) { return _mm512_cvtepu32_ps((__m512i)x); }
+    // In each 128 bits, word j of vector i to word i of vector j.
+    static void transpose(F (&x)[4]) {
+        const F a = _mm512_unpacklo_ps(x[0], x[1]), b = _mm512_unpackhi_ps(x[0], x[1]), c = _mm512_unpacklo_ps(x[2], x[3]), d = _mm512_unpackhi_ps(x[2], x[3]);
+        x[0] = low_pairs(a, c), x[1] = high_pairs(a, c), x[2] = low_pairs(b, d), x[3] = high_pairs(b, d);
+    }
+
 private:
+    static F low_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
+    static F high_pairs(F a, F b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); }
     static __m256i to_f16(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 #if defined(DISTILKERNELS_NATIVE_BF16)
     static __m256i to_bf16(F x) { return (__m256i)_mm512_cvtneps_pbh(x); }

@@ -53,6 +53,30 @@ struct Float {
         return low > high ? low : high;
     }
     static double sum(F x) { return (double(x[0]) + double(x[1])) + (double(x[2]) + double(x[3])); }
+    // The lanes of `bits`, packed; as much as a whole vector may be written. How many they are.
+    static int pack(float* p, F x, unsigned bits) {
+        float lanes[width];
+        store(lanes, x);
+        int count = 0;
+        for (; bits; bits &= bits - 1) p[count++] = lanes[__builtin_ctz(bits)];
+        return count;
+    }
+
+    typedef uint32_t U __attribute__((vector_size(16)));
+    static U load(const uint32_t* p) { return U{p[0], p[1], p[2], p[3]}; }
+    static void multiply(U x, uint32_t factor, U& high, U& low) {
+        typedef uint64_t Wide __attribute__((vector_size(16)));
+        const Wide all = {factor, factor}, even = ((Wide)x & 0xffffffff) * all, odd = ((Wide)x >> 32) * all;
+        high = (U)(even >> 32 | (odd & ~uint64_t(0xffffffff)));
+        low = (U)((even & 0xffffffff) | odd << 32);
+    }
+    // both halves are exact, so the sum is rounded once
+    static F real(U x) { return __builtin_convertvector((M)(x >> 16), F) * 0x1p16f + __builtin_convertvector((M)(x & 0xffff), F); }
+    // Word j of vector i to word i of vector j.
+    static void transpose(F (&x)[4]) {
+        const F a = x[0], b = x[1], c = x[2], d = x[3];
+        for (int i = 0; i < 4; ++i) x[i] = F{a[i], b[i], c[i], d[i]};
+    }
 };
 
 inline void end_of_streams() {}

@@ -21,6 +21,10 @@ struct Double {
     static F select(M m, F a, F b) { return m ? a : b; }
     static double top(F x) { return x; }
     static double sum(F x) { return x; }
+    static int pack(double* p, F x, unsigned bits) {
+        *p = x;
+        return int(bits);
+    }
 };
 
 inline double exp_clamped(const Double&, double& d) {

@@ -15,7 +15,11 @@ _TAKEN = (*_DTYPES, torch.int32, torch.int64)
 _OUTPUTS = (
     "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "rank", "mass_above",
 )  # fmt: skip
-_SERVED = ("vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "topk_select", "draw_rows")
+_SERVED = (
+    "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "topk_select", "draw_rows",
+    "filter_rows", "sample_rows", "weigh_rows",
+)  # fmt: skip
+_MODES = {"plain": 0, "residual": 1, "gate": 2}
 
 
 def why_not(primitive: str, *tensors: Tensor) -> str | None:
@@ -30,6 +34,8 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
             return f"numbers must be float32, bfloat16, float16 or float64; got {t.dtype}"
         if t.is_floating_point() and t.stride(-1) != 1 and t.shape[-1] > 1:
             return f"the last stride must be 1; got {t.stride(-1)}"
+    if primitive in ("sample_rows", "weigh_rows") and len({t.dtype == torch.float64 for t in tensors}) > 1:
+        return f"of two rows that are compared both or none must be float64; got {tensors[0].dtype} and {tensors[1].dtype}"
     return None
 
 
@@ -93,6 +99,35 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     )  # fmt: skip
 
 
+def filter_rows(logits: Tensor, columns: int, filters, out: dict[str, Tensor]) -> None:
+    filters = [t.contiguous() for t in filters]
+    _cpp.filter_rows(
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), columns, [t.data_ptr() for t in filters], torch.get_num_threads(),
+        [out[name].data_ptr() for name in ("bar", "lse", "lse_all", "expected", "argmax")],
+    )  # fmt: skip
+
+
+def sample_rows(first, second, scale: Tensor | None, mode: str, columns: int, vocab: int, noise, out) -> None:
+    first, second = _contiguous(first), _contiguous(second)
+    scale = None if scale is None else scale.contiguous()
+    stream = noise.stream.contiguous() if isinstance(noise.stream, Tensor) else int(noise.stream)
+    places = [t.contiguous() for t in (noise.seeds, noise.positions, noise.offsets)]
+    given = [t.data_ptr() for t in places] + [stream.data_ptr() if isinstance(stream, Tensor) else 0]
+    _cpp.sample_rows(
+        _MODES[mode], _operand(first), _operand(second), 0 if scale is None else scale.data_ptr(), first.rows.shape[0], columns, vocab,
+        given, 0 if isinstance(stream, Tensor) else stream, torch.get_num_threads(), [t.data_ptr() for t in out],
+    )  # fmt: skip
+
+
+def weigh_rows(first, second, scale: Tensor | None, mode: str, columns: int, out: Tensor) -> None:
+    first, second = _contiguous(first), _contiguous(second)
+    scale = None if scale is None else scale.contiguous()
+    _cpp.weigh_rows(
+        _MODES[mode], _operand(first), _operand(second), 0 if scale is None else scale.data_ptr(), first.rows.shape[0], columns,
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+
+
 def isa() -> str:
     """The instruction set in use: "avx512bf16", "avx512", "avx2" or "baseline"."""
     return _built().isa()
@@ -134,3 +169,16 @@ def _ids(ids: Tensor | None) -> tuple[int, bool, int]:
 
 def _head(head, vocab: int) -> tuple[float, float, float, int]:
     return head.temperature, head.logit_scale, head.softcap or 0.0, head.columns(vocab)
+
+
+def _contiguous(operand):
+    """Kept by the caller while its pointers are in use."""
+    return None if operand is None else operand._replace(rows=operand.rows.contiguous(), law=type(operand.law)(*(t.contiguous() for t in operand.law)))
+
+
+def _operand(operand) -> tuple:
+    if operand is None:
+        return 0, 0, (0, 1, 0, 0, 0), (0, 0, 0, 0, 0)
+    law = operand.law
+    pointers = [t.data_ptr() for t in (operand.rows, law.temperature, law.bar, law.lse, law.argmax)]
+    return _DTYPES[operand.logits.dtype], operand.logits.data_ptr(), _shape(operand.logits), pointers
