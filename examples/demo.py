@@ -3,7 +3,8 @@
 A tokenizer and a teacher are trained on text that every Python installation carries. The teacher's top-k is captured
 once, over a transfer set that is a part of the teacher's own text. Three students of one size then see the same batches
 in the same order from the same initial weights, and differ in their loss alone: labels, forward KL, reverse KL. A fourth
-repeats forward KL with rows read from a store on disk: the offline path, which is how a large teacher is used.
+repeats forward KL with rows read from a store on disk: the offline path, which is how a large teacher is used. Then the
+labels-only student goes on, on text that models wrote: the teacher, RSD and the student itself (:mod:`.traces`).
 
 Both distilled students minimise ``D(p ‖ q) + CE_WEIGHT · cross-entropy`` with ``tail="bucket"``, so the mass that the
 teacher has outside its K tokens counts too. Reverse KL is the other end of the family (mode-seeking, what on-policy
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import distilkernels as dk
 
-from . import corpus, measure, report, training
+from . import corpus, measure, report, traces, training
 
 VOCAB_SIZE = 8192
 LENGTH = 128
@@ -48,6 +49,8 @@ STUDENT_LR = 4e-3
 # the students' transfer set, in windows; the teacher has TEACHER_STEPS · BATCH of them
 TRANSFER_WINDOWS = 640
 HELDOUT_WINDOWS = 160
+TRACE_PROMPTS = 96
+TRACE_STEPS = 48
 TOP_K = 32
 CE_WEIGHT = 0.5
 
@@ -88,11 +91,13 @@ OFFLINE = ONLINE._replace(name="forward KL, stored")
 
 
 class Data(NamedTuple):
-    """Windows of tokens [W, LENGTH + 1]: the teacher's, the students' (the first of the teacher's), the held-out files'."""
+    """Windows of tokens [W, LENGTH + 1]: the teacher's, the students' (the first of the teacher's), the held-out files'; and the
+    first tokens [W, PROMPT] of other windows of the held-out files."""
 
     teacher: Tensor
     transfer: Tensor
     heldout: Tensor
+    prompts: Tensor
 
 
 class Steps(NamedTuple):
@@ -102,11 +107,14 @@ class Steps(NamedTuple):
     student: int
     transfer_windows: int
     heldout_windows: int
+    trace_prompts: int
+    trace: int
 
     @classmethod
     def scaled(cls, scale: float) -> Steps:
-        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS)
-        return cls(*(max(least, round(n * scale)) for n, least in zip(full, (8, 8, 2 * BATCH, 2 * EVAL_BATCH))))
+        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS, TRACE_PROMPTS, TRACE_STEPS)
+        least = cls(8, 8, 2 * BATCH, 2 * EVAL_BATCH, 4, 4)
+        return cls(*(max(low, round(n * scale)) for n, low in zip(full, least)))
 
 
 def prepare(steps: Steps) -> Data:
@@ -118,12 +126,14 @@ def prepare(steps: Steps) -> Data:
     train = corpus.token_windows(tokenizer, library.train, LENGTH, limit=needed)
     heldout = corpus.token_windows(tokenizer, library.heldout, LENGTH)
     # evenly over all held-out files
-    picked = torch.linspace(0, len(heldout) - 1, min(steps.heldout_windows, len(heldout))).long()
+    picked = torch.linspace(0, len(heldout) - 1, min(steps.heldout_windows, len(heldout) // 2)).long()
+    others = heldout[torch.isin(torch.arange(len(heldout)), picked, invert=True)]
+    prompts = others[torch.linspace(0, len(others) - 1, min(steps.trace_prompts, len(others))).long(), : traces.PROMPT]
     print(
         f"vocabulary {VOCAB_SIZE:,}; tokens: {len(train) * LENGTH:,} for the teacher, "
         f"{steps.transfer_windows * LENGTH:,} of them for the students, {len(picked) * LENGTH:,} held out"
     )
-    return Data(train, train[: steps.transfer_windows], heldout[picked])
+    return Data(train, train[: steps.transfer_windows], heldout[picked], prompts)
 
 
 def train_teacher(data: Data, steps: int, seed: int) -> transformers.LlamaForCausalLM:
@@ -219,6 +229,20 @@ def cost_columns(found: measure.LossCosts) -> dict[str, float]:
     }
 
 
+def train_on_traces(
+    data: Data, teacher: transformers.LlamaForCausalLM, student: transformers.LlamaForCausalLM, baseline: Tensor, steps: int, seed: int
+) -> tuple[list[dict[str, object]], dict[str, Tensor]]:
+    """A row for each kind of traces, for `student` trained on them, and the surprisal of every token; `baseline` is its loss before."""
+    rows, surprisal = [], {}
+    for kind in traces.KINDS:
+        written = traces.write(kind, teacher, student, data.prompts, LENGTH + 1 - traces.PROMPT, seed)
+        model = traces.train_on(kind, written, student, steps, seed + 2)
+        found = training.compare(model, teacher, data.heldout, EVAL_BATCH, "evaluation")
+        rows.append(result_row(f"+ {kind.name} traces", model, found) | gain_columns(baseline, found.loss) | written.columns())
+        surprisal[kind.name] = written.surprisal.flatten()
+    return rows, surprisal
+
+
 def serving_backend() -> str:
     """The backend that takes the loss's rows on this machine: the one asked for, else the first that can."""
     able = {s.backend for s in dk.backends.support(["cpu"]) if s.primitive == "vocab_stats" and s.dtype == "float32" and s.refusal is None}
@@ -260,7 +284,7 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     print(f"stored in {path}: {stored.bytes_per_row:.1f} bytes a token, {raw:.0f} in memory")
     clock.stage("capture")
 
-    rows, curves, errors, losses = [], {}, [], {}
+    rows, curves, errors, losses, models = [], {}, [], {}, {}
     for student in (*STUDENTS, OFFLINE):
         batches = from_store(path, steps.student, seed + 1) if student is OFFLINE else from_memory(data, targets, steps.student, seed + 1)
         model, curves[student.name] = train_student(student, batches, data, steps.student, seed + 1)
@@ -276,9 +300,15 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
             errors.append((cost.value_error, cost.grad_error))
             row |= cost_columns(cost)
         rows.append(row)
+        models[student.name] = model
         clock.stage(student.name)
 
-    report.save(rows, curves, rows[0]["loss"], folder)
+    baseline = STUDENTS[0].name
+    trace_rows, surprisal = train_on_traces(data, teacher, models[baseline], losses[baseline], steps.trace, seed)
+    rows += trace_rows
+    clock.stage("traces")
+
+    report.save(rows, curves, surprisal, rows[0]["loss"], folder)
     print(f"\n{report.table(rows, report.QUALITY)}")
     print(
         "Nats per token on the held-out files; KL(teacher || student) over the full vocabulary; agreement of the most probable token;\n"
@@ -288,6 +318,12 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     print(
         f"From the store, {stored.bytes_per_row:.1f} bytes a token with log-probs to {stored.manifest.max_logprob_error:g} nats, the held-out loss "
         f"is {difference.mean():+.4f} from online\n(largest difference of a window {difference.abs().max():.4f}): same weights, same batches, same order."
+    )
+    print(f"\n{report.table(trace_rows, report.TRACES)}")
+    print(
+        f"{len(data.prompts)} prompts of {traces.PROMPT} tokens from the held-out files (other windows than those of the evaluation), continued by\n"
+        f"who is named, all from their {traces.POOL} most probable tokens; surprisal in nats under the labels-only student, share of tokens that\n"
+        f"it gives less than {traces.MIN_PROB:.0%}, share written by the proposer. Each row is that student after {steps.trace} more steps on those traces."
     )
     print(f"\n{report.table(rows[1 : 1 + len(STUDENTS)], report.COST)}")
     print(

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
+from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,15 +34,26 @@ COST = {
     "eager_mib": "PyTorch MiB",
 }
 
+TRACES = {
+    "model": "labels only",
+    "tokens": "tokens",
+    "surprisal": "surprisal",
+    "unlikely": "below 1%",
+    "acceptance": "proposer's",
+    "loss": "held-out loss",
+    "gain": "gain over labels",
+}
+
 _FORMATS = {
     "params_m": "{:.2f}", "loss": "{:.3f}", "perplexity": "{:.1f}", "kl": "{:.3f}", "agreement": "{:.1%}", "ours_ms": "{:.1f}",
     "eager_ms": "{:.1f}", "speedup": "{:.1f}x", "ours_mib": "{:.1f}", "inplace_mib": "{:.1f}", "eager_mib": "{:.1f}",
+    "tokens": "{:,}", "surprisal": "{:.3f}", "unlikely": "{:.1%}", "acceptance": "{:.1%}",
 }  # fmt: skip
 
 COLOURS = ("#6b7280", "#2563eb", "#ea580c", "#059669", "#7c3aed")
 
 Row = Mapping[str, object]
-"""Values by the keys of ``QUALITY`` and ``COST``, plus "gain_se"; a missing one prints as a dash."""
+"""Values by the keys of ``QUALITY``, ``TRACES`` and ``COST``, plus "gain_se"; a missing one prints as a dash."""
 
 
 def _cell(row: Row, column: str) -> str:
@@ -61,17 +74,22 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Every number of both tables, unrounded."""
-    columns = list(dict.fromkeys([*QUALITY, "gain_se", *COST]))
+    """Every number of the tables, unrounded."""
+    columns = list(dict.fromkeys([*QUALITY, "gain_se", *TRACES, *COST]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({column: row.get(column) for column in columns} for row in rows)
 
 
-def plot(rows: Sequence[Row], curves: Mapping[str, Sequence[tuple[int, float]]], teacher_loss: float, path: Path) -> None:
-    """Held-out loss of every student while it trains, and the cost of every loss beside its eager form."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), gridspec_kw={"width_ratios": [1.6, 1, 1]}, layout="constrained")
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""Of each student (step, held-out loss)."""
+
+
+def plot(rows: Sequence[Row], curves: Curves, surprisal: Mapping[str, Tensor], teacher_loss: float, path: Path) -> None:
+    """Held-out loss of every student while it trains, what it thinks of traces, and the cost of every loss beside its eager form."""
+    figure, axes = plt.subplots(1, 4, figsize=(20, 4.6), gridspec_kw={"width_ratios": [1.6, 1.2, 1, 1]}, layout="constrained")
+    left, likely, middle, right = axes
     for (name, points), colour in zip(curves.items(), COLOURS):
         steps, losses = zip(*points)
         left.plot(steps, losses, color=colour, marker="o", markersize=3.5, label=f"{name}: {losses[-1]:.3f}")
@@ -82,6 +100,14 @@ def plot(rows: Sequence[Row], curves: Mapping[str, Sequence[tuple[int, float]]],
     left.set_ylim(min(teacher_loss, min(late)) - margin, max(late) + margin)
     left.set(xlabel="step", ylabel="nats per token", title="Held-out loss of the students")
     left.legend(frameon=False)
+
+    for (name, nats), colour in zip(surprisal.items(), COLOURS):
+        ordered = nats.sort().values
+        share = torch.arange(len(ordered), 0, -1) / len(ordered)
+        likely.step((-ordered).exp(), share, color=colour, label=f"{name}: {nats.mean():.2f} nats")
+    likely.axvline(0.01, color="black", linestyle="--", linewidth=1)
+    likely.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1), xlabel="probability under the student", ylabel="share of tokens below", title="Traces")
+    likely.legend(frameon=False, loc="upper left")
 
     students = [row for row in rows if row.get("ours_ms") is not None]
     _bars(middle, students, {"PyTorch": "eager_ms", "distilkernels": "ours_ms"}, "ms, forward + backward", "Time of the loss")
@@ -103,7 +129,7 @@ def _bars(axes, rows: Sequence[Row], series: Mapping[str, str], unit: str, title
     axes.legend(frameon=False, loc="upper left")
 
 
-def save(rows: Sequence[Row], curves: Mapping[str, Sequence[tuple[int, float]]], teacher_loss: float, folder: Path) -> None:
+def save(rows: Sequence[Row], curves: Curves, surprisal: Mapping[str, Tensor], teacher_loss: float, folder: Path) -> None:
     """results.csv and results.png in `folder`."""
     write_csv(rows, folder / "results.csv")
-    plot(rows, curves, teacher_loss, folder / "results.png")
+    plot(rows, curves, surprisal, teacher_loss, folder / "results.png")
