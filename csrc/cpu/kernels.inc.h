@@ -4,6 +4,8 @@
 #include "rows.inc.h"
 #include "vocab_stats.inc.h"
 #include "vocab_stats_backward.inc.h"
+#include "pair_stats.inc.h"
 #include "gather_dot.inc.h"
 
-extern const Kernels kernels = {vocab_stats, vocab_stats_backward, gather_dot, gather_dot_hidden_grad, gather_dot_weight_grad};
+extern const Kernels kernels = {vocab_stats,         vocab_stats_backward, pair_stats, pair_stats_backward, gather_dot, gather_dot_hidden_grad,
+                                gather_dot_weight_grad};

@@ -3,6 +3,7 @@ acceptance, compressed KV-cache alignment. The long axis is reduced in kernels, 
 
 from . import backends, calibration, divergences
 from .capture import capture_samples, capture_topk, linear_capture_samples, linear_capture_topk, linear_score_topk, score_topk
+from .dense import distill_loss
 from .errors import BackendError
 from .linear import linear_row_loss, linear_token_logprobs, linear_topk_distill_loss, linear_vocab_stats
 from .losses import DistillStats, token_logprobs, topk_distill_loss
@@ -27,6 +28,7 @@ __all__ = [
     "calibration",
     "capture_samples",
     "capture_topk",
+    "distill_loss",
     "divergences",
     "linear_capture_samples",
     "linear_capture_topk",

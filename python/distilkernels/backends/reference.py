@@ -6,6 +6,8 @@ from ..primitives.draw_rows import reference as draw_rows
 from ..primitives.gather_dot import reference as gather_dot
 from ..primitives.gather_dot import reference_hidden_grad as gather_dot_hidden_grad
 from ..primitives.gather_dot import reference_weight_grad as gather_dot_weight_grad
+from ..primitives.pair_stats import reference as pair_stats
+from ..primitives.pair_stats import reference_backward as pair_stats_backward
 from ..primitives.topk_select import reference as topk_select
 from ..primitives.vocab_stats import reference as vocab_stats
 from ..primitives.vocab_stats import reference_backward as vocab_stats_backward
@@ -15,6 +17,8 @@ __all__ = [
     "gather_dot",
     "gather_dot_hidden_grad",
     "gather_dot_weight_grad",
+    "pair_stats",
+    "pair_stats_backward",
     "topk_select",
     "vocab_stats",
     "vocab_stats_backward",

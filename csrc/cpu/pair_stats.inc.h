@@ -1,0 +1,254 @@
+// Statistics of pairs of rows, and d logits from them; primitives/pair_stats.py is the definition. Included inside each ISA's namespace.
+//
+// Both rows are transformed piece by piece into buffers that stay in the first-level cache: one loop then serves every pair
+// of dtypes and heads, and a piece's maximum is known before its exponentials are taken.
+
+// z of x[begin, begin + n) into `out`, −inf up to a whole vector; returns the largest (NaN is passed over).
+template <class V, Map map, class T>
+double fill_as(typename V::S* out, const T* x, int64_t n, const Head& head) {
+    using F = typename V::F;
+    const Transform<V, map> f(head);
+    F top = V::set(-kInf);
+    int64_t c = 0;
+    for (; c + V::width <= n; c += V::width) {
+        const F z = f.z(V::load(x + c));
+        V::store(out + c, z);
+        top = V::max(z, top);
+    }
+    if (c < n) {
+        T lanes[V::width] = {};
+        std::memcpy(lanes, x + c, (n - c) * sizeof(T));
+        V::store(out + c, f.z(V::load(lanes)));
+        for (int64_t i = n; i < c + V::width; ++i) out[i] = -std::numeric_limits<typename V::S>::infinity();
+        top = V::max(V::load(out + c), top);
+    }
+    return max_of<V>(top);
+}
+
+template <class V>
+double fill(typename V::S* out, DType dtype, const Rows& rows, int64_t r, int64_t begin, int64_t n, const Head& head) {
+    double top = -kInf;
+    visit_dtype(dtype, [&](auto v, auto t) {
+        if constexpr (std::is_same_v<decltype(v), V>) {
+            using T = decltype(t);
+            const T* x = rows.row<const T>(r) + begin;
+            visit_map(head, [&](auto m) { top = fill_as<V, decltype(m)::map, T>(out, x, n, head); });
+        }
+    });
+    return top;
+}
+
+// Σ e^d and Σ e^d·d of one row, d = z − ref; Σ e^d·(d − the other row's d).
+struct Side {
+    double ref = 0, exp = 0, exp_d = 0, gap = 0;
+    bool started = false;
+
+    // The reference follows the maximum from eight below it: exponentials that count stay where z − ref rounds to 5e-7.
+    bool moves(double top) const { return top > -kInf && (!started || top > ref + 8); }
+};
+
+// Sums of `mine` and of the other row's gap after `mine.ref` becomes `top`.
+inline void move_reference(Side& mine, Side& other, double top) {
+    const double shift = mine.ref - top, factor = mine.started ? std::exp(shift) : 0;
+    other.gap -= shift * other.exp;
+    if (mine.exp != 0) {
+        mine.gap = factor == 0 ? 0 : factor * (mine.gap + shift * mine.exp);
+        mine.exp_d = factor == 0 ? 0 : factor * (mine.exp_d + shift * mine.exp);
+        mine.exp *= factor;
+    }
+    mine.ref = top;
+    mine.started = true;
+}
+
+template <class V>
+void add_piece(Side& p, Side& q, const typename V::S* t, const typename V::S* z, int64_t n) {
+    using F = typename V::F;
+    const F zero = V::set(0), t_ref = V::set(p.ref), z_ref = V::set(q.ref);
+    F p_exp[2] = {zero, zero}, p_d[2] = {zero, zero}, p_gap[2] = {zero, zero};
+    F q_exp[2] = {zero, zero}, q_d[2] = {zero, zero}, q_gap[2] = {zero, zero};
+    for (int64_t c = 0; c < n; c += 2 * V::width) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            F dt = V::load(t + c + i * V::width) - t_ref, dz = V::load(z + c + i * V::width) - z_ref;
+            // of the logits themselves: a clamped distance would hide a row that gives nothing to what the other holds likely
+            const F gap = dt - dz;
+            const F et = exp_clamped(V(), dt), ez = exp_clamped(V(), dz);
+            p_exp[i] = p_exp[i] + et;
+            q_exp[i] = q_exp[i] + ez;
+            p_d[i] = V::fma(et, dt, p_d[i]);
+            q_d[i] = V::fma(ez, dz, q_d[i]);
+            p_gap[i] = p_gap[i] + V::keep(V::gt(et, zero), et * gap);
+            q_gap[i] = q_gap[i] - V::keep(V::gt(ez, zero), ez * gap);
+        }
+    }
+    p.exp += V::sum(p_exp[0] + p_exp[1]);
+    p.exp_d += V::sum(p_d[0] + p_d[1]);
+    p.gap += V::sum(p_gap[0] + p_gap[1]);
+    q.exp += V::sum(q_exp[0] + q_exp[1]);
+    q.exp_d += V::sum(q_d[0] + q_d[1]);
+    q.gap += V::sum(q_gap[0] + q_gap[1]);
+}
+
+// Σ e^{T·z − ref} of a piece.
+template <class V>
+double unheated_piece(const typename V::S* z, int64_t n, double temperature, double ref) {
+    const auto t = V::set(temperature), reference = V::set(ref);
+    auto sum = V::set(0);
+    for (int64_t c = 0; c < n; c += V::width) {
+        auto d = V::load(z + c) * t - reference;
+        sum = sum + exp_clamped(V(), d);
+    }
+    return V::sum(sum);
+}
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// The end of a piece that `fill` padded to one vector, padded to two.
+template <class V>
+void pad_pair(typename V::S* z, int64_t n) {
+    for (int64_t c = round_up(n, V::width); c < round_up(n, 2 * V::width); c += V::width) V::store(z + c, V::set(-kInf));
+}
+
+template <class V>
+void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
+    using S = typename V::S;
+    S *t = s.row<S>(0), *z = s.row<S>(1);
+    const int64_t columns = a.head.columns;
+    const double temperature = a.head.temperature;
+    for (int64_t r = begin; r < end; ++r) {
+        Side p, q;
+        double t1 = 0, t1_ref = 0;
+        bool t1_started = false;
+        for (int64_t c = 0; c < columns; c += kPiece) {
+            const int64_t n = std::min(kPiece, columns - c);
+            const double t_top = fill<V>(t, a.teacher_dtype, a.teacher, r, c, n, a.teacher_head);
+            const double z_top = fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
+            pad_pair<V>(t, n);
+            pad_pair<V>(z, n);
+            if (p.moves(t_top)) move_reference(p, q, t_top);
+            if (q.moves(z_top)) move_reference(q, p, z_top);
+            add_piece<V>(p, q, t, z, n);
+            if (a.with_t1) {
+                const double top = z_top * temperature;
+                if (top > -kInf && (!t1_started || top > t1_ref + 8)) {
+                    t1 = t1 == 0 ? 0 : t1 * std::exp(t1_ref - top);
+                    t1_ref = top;
+                    t1_started = true;
+                }
+                t1 += unheated_piece<V>(z, n, temperature, t1_ref);
+            }
+        }
+        // a row of −inf alone has no distribution
+        const double lse = q.exp == 0 ? -kInf : q.ref + std::log(q.exp), teacher_lse = p.exp == 0 ? -kInf : p.ref + std::log(p.exp);
+        const double between = p.ref - q.ref;
+        const bool ok = !std::isnan(p.exp) && !std::isnan(q.exp);
+        double* out = a.out + kPairStats * r;
+        out[0] = lse;
+        out[1] = teacher_lse;
+        out[2] = ok ? p.gap / p.exp + between : kNaN;
+        out[3] = ok ? q.gap / q.exp - between : kNaN;
+        out[4] = q.exp_d / q.exp + q.ref;
+        out[5] = p.exp_d / p.exp + p.ref;
+        out[6] = !a.with_t1 ? lse : t1 == 0 ? -kInf : t1_ref + std::log(t1);
+    }
+}
+
+inline void pair_stats(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
+    (a.dtype == DType::f64 ? pair_rows<Double> : pair_rows<Float>)(a, s, begin, end);
+}
+
+// A row's coefficients, broadcast; references in two parts keep their doubles.
+template <class V, bool softcap, bool with_t1>
+struct PairGradient {
+    using F = typename V::F;
+    F lse, lse_low, teacher, teacher_low, a, b, c, d, e, t1, t1_low, temperature, over_cap, zero;
+
+    PairGradient(const Head& head, const double* coef, double slope)
+        : lse(V::set(coef[0])),
+          lse_low(V::set(low(coef[0]))),
+          teacher(V::set(coef[1])),
+          teacher_low(V::set(low(coef[1]))),
+          a(V::set(coef[2] * slope)),
+          b(V::set(coef[3] * slope)),
+          c(V::set(coef[4] * slope)),
+          d(V::set(coef[5] * slope)),
+          e(V::set(coef[6] * slope)),
+          t1(V::set(coef[7])),
+          t1_low(V::set(low(coef[7]))),
+          temperature(V::set(head.temperature)),
+          over_cap(V::set(softcap ? head.temperature / head.softcap : 0)),
+          zero(V::set(0)) {}
+
+    static double low(double x) {
+        const double high = double(typename V::S(x));
+        return std::isfinite(high) ? x - high : 0;
+    }
+
+    F at(F z, F t) const {
+        F dz = (z - lse) - lse_low, dt = (t - teacher) - teacher_low;
+        const F gap = dz - dt;
+        const F q = exp_clamped(V(), dz), p = exp_clamped(V(), dt);
+        F g = V::keep(V::gt(q, zero), q * V::fma(c, gap, V::fma(b, dz, a)));
+        g = V::fma(d, p, g);
+        if constexpr (with_t1) {
+            F d1 = (z * temperature - t1) - t1_low;
+            g = V::fma(e, exp_clamped(V(), d1), g);
+        }
+        if constexpr (softcap) {
+            const F y = z * over_cap;
+            g = g * V::fma(-y, y, V::set(1));
+        }
+        return g;
+    }
+};
+
+template <class V, bool softcap, bool with_t1, class T>
+void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, int64_t end) {
+    using S = typename V::S;
+    S *t = s.row<S>(0), *z = s.row<S>(1);
+    const int64_t columns = a.head.columns, vocab = a.logits.vocab;
+    const double slope = a.head.scale / a.head.temperature;
+    // a fresh gradient is not read back: writing around the cache saves reading its lines first
+    const bool fresh = a.out.data != a.logits.data;
+    for (int64_t r = begin; r < end; ++r) {
+        const double* coef = a.coef + kPairCoefficients * r;
+        T* out = a.out.row<T>(r);
+        if (std::all_of(coef + 2, coef + 7, [](double x) { return x == 0; })) {
+            std::memset(static_cast<void*>(out), 0, vocab * sizeof(T));
+            continue;
+        }
+        const PairGradient<V, softcap, with_t1> gradient(a.head, coef, slope);
+        // a row with nothing but its cross-entropy asks nothing of its teacher, which may hold anything
+        const bool reads_teacher = coef[4] != 0 || coef[5] != 0;
+        if (!reads_teacher) std::fill_n(t, kPiece, S(coef[1]));
+        const int64_t lead = fresh ? int64_t((64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(T)) : 0;
+        for (int64_t c = 0, n; c < columns; c += n) {
+            n = std::min(c == 0 && lead > 0 ? lead : kPiece, columns - c);
+            const bool stream = fresh && reinterpret_cast<uintptr_t>(out + c) % 64 == 0;
+            fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
+            if (reads_teacher) fill<V>(t, a.teacher_dtype, a.teacher, r, c, n, a.teacher_head);
+            int64_t i = 0;
+            for (; i + V::width <= n; i += V::width) {
+                const auto g = gradient.at(V::load(z + i), V::load(t + i));
+                if (stream) V::stream(out + c + i, g);
+                else V::store(out + c + i, g);
+            }
+            if (i < n) {
+                T lanes[V::width];
+                V::store(lanes, gradient.at(V::load(z + i), V::load(t + i)));
+                std::memcpy(out + c + i, lanes, (n - i) * sizeof(T));
+            }
+        }
+        std::memset(static_cast<void*>(out + columns), 0, (vocab - columns) * sizeof(T));
+    }
+    if (fresh) end_of_streams();
+}
+
+inline void pair_stats_backward(const PairStatsBackward& a, Scratch& s, int64_t begin, int64_t end) {
+    visit_dtype(a.dtype, [&](auto v, auto t) {
+        using V = decltype(v);
+        using T = decltype(t);
+        if (a.head.softcap != 0) (a.with_t1 ? pair_gradient_rows<V, true, true, T> : pair_gradient_rows<V, true, false, T>)(a, s, begin, end);
+        else (a.with_t1 ? pair_gradient_rows<V, false, true, T> : pair_gradient_rows<V, false, false, T>)(a, s, begin, end);
+    });
+}
