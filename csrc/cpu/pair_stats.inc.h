@@ -101,6 +101,60 @@ double unheated_piece(const typename V::S* z, int64_t n, double temperature, dou
     return V::sum(sum);
 }
 
+// p, q, log p/m, log q/m and r = (1 − w)·q/m at an entry of the mixture m = w·p + (1 − w)·q, from log p and log q. Counted from the
+// larger of the two: m over it lies in [min(w, 1 − w), 1], whose logarithm is exact where p and q are close.
+template <class V>
+struct Mixed {
+    using F = typename V::F;
+    F p, q, log_p, log_q, r;
+    typename V::M counts;  // not where both are zero
+
+    Mixed(F log_of_p, F log_of_q, F w, F rest) {
+        const F gap = log_of_p - log_of_q, one = V::set(1);
+        const auto teachers = V::gt(gap, V::set(0));
+        F top = V::max(log_of_p, log_of_q), below = -V::abs(gap);
+        const F high = exp_clamped(V(), top);
+        counts = V::gt(high, V::set(0));
+        below = V::keep(counts, below);
+        const F ratio = exp_clamped(V(), below);
+        const F share = V::select(teachers, w, rest), other = V::select(teachers, rest, w);
+        const F mass = V::fma(other, ratio, share), log_mass = log_of(V(), mass);
+        const F low = high * ratio;
+        p = V::select(teachers, high, low);
+        q = V::select(teachers, low, high);
+        log_p = V::select(teachers, -log_mass, below - log_mass);
+        log_q = V::select(teachers, below - log_mass, -log_mass);
+        r = rest * V::select(teachers, ratio, one) / mass;
+    }
+};
+
+// The row's double as two numbers whose sum it is.
+template <class V>
+struct TwoParts {
+    typename V::F high, low;
+    explicit TwoParts(double x) : high(V::set(x)), low(V::set(std::isfinite(double(typename V::S(x))) ? x - double(typename V::S(x)) : 0)) {}
+    typename V::F before(typename V::F z) const { return (z - high) - low; }
+};
+
+// Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r of a piece, added to `sums`.
+template <class V>
+void add_mixture(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse, double w) {
+    using F = typename V::F;
+    const F weight = V::set(w), rest = V::set(1 - w);
+    F to_p = V::set(0), to_q = to_p, p_r = to_p, q_r = to_p;
+    for (int64_t c = 0; c < n; c += V::width) {
+        const Mixed<V> at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)), weight, rest);
+        to_p = to_p + V::keep(at.counts, at.p * at.log_p);
+        to_q = to_q + V::keep(at.counts, at.q * at.log_q);
+        p_r = p_r + V::keep(at.counts, at.p * at.r);
+        q_r = q_r + V::keep(at.counts, at.q * at.r);
+    }
+    sums[0] += V::sum(to_p);
+    sums[1] += V::sum(to_q);
+    sums[2] += V::sum(p_r);
+    sums[3] += V::sum(q_r);
+}
+
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // The end of a piece that `fill` padded to one vector, padded to two.
@@ -150,6 +204,16 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
         out[4] = q.exp_d / q.exp + q.ref;
         out[5] = p.exp_d / p.exp + p.ref;
         out[6] = !a.with_t1 ? lse : t1 == 0 ? -kInf : t1_ref + std::log(t1);
+        std::fill_n(out + 7, 4, ok ? 0.0 : kNaN);
+        if (!a.mixture || !ok) continue;
+        // the lse come first; the rows are then still in the second or third level of the cache
+        const TwoParts<V> before_q(lse), before_p(teacher_lse);
+        for (int64_t c = 0; c < columns; c += kPiece) {
+            const int64_t n = std::min(kPiece, columns - c);
+            fill<V>(t, a.teacher_dtype, a.teacher, r, c, n, a.teacher_head);
+            fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
+            add_mixture<V>(out + 7, t, z, n, before_p, before_q, a.mixture[r]);
+        }
     }
 }
 
@@ -157,41 +221,50 @@ inline void pair_stats(const PairStats& a, Scratch& s, int64_t begin, int64_t en
     (a.dtype == DType::f64 ? pair_rows<Double> : pair_rows<Float>)(a, s, begin, end);
 }
 
-// A row's coefficients, broadcast; references in two parts keep their doubles.
-template <class V, bool softcap, bool with_t1>
+// A row's coefficients, broadcast.
+template <class V, bool softcap, bool with_t1, bool with_mixture>
 struct PairGradient {
     using F = typename V::F;
-    F lse, lse_low, teacher, teacher_low, a, b, c, d, e, t1, t1_low, temperature, over_cap, zero;
+    TwoParts<V> lse, teacher, t1;
+    F a, b, c, d, e, to_p, to_q, weight, rest, temperature, over_cap, zero;
+    typename V::M with_gap;  // a gap that nothing is asked of may be infinite
 
     PairGradient(const Head& head, const double* coef, double slope)
-        : lse(V::set(coef[0])),
-          lse_low(V::set(low(coef[0]))),
-          teacher(V::set(coef[1])),
-          teacher_low(V::set(low(coef[1]))),
+        : lse(coef[0]),
+          teacher(coef[1]),
+          t1(coef[7]),
           a(V::set(coef[2] * slope)),
           b(V::set(coef[3] * slope)),
           c(V::set(coef[4] * slope)),
           d(V::set(coef[5] * slope)),
           e(V::set(coef[6] * slope)),
-          t1(V::set(coef[7])),
-          t1_low(V::set(low(coef[7]))),
+          to_p(V::set(coef[8] * slope)),
+          to_q(V::set(coef[9] * slope)),
+          weight(V::set(coef[10])),
+          rest(V::set(1 - coef[10])),
           temperature(V::set(head.temperature)),
           over_cap(V::set(softcap ? head.temperature / head.softcap : 0)),
-          zero(V::set(0)) {}
-
-    static double low(double x) {
-        const double high = double(typename V::S(x));
-        return std::isfinite(high) ? x - high : 0;
-    }
+          zero(V::set(0)),
+          with_gap(V::gt(V::abs(c), zero)) {}
 
     F at(F z, F t) const {
-        F dz = (z - lse) - lse_low, dt = (t - teacher) - teacher_low;
-        const F gap = dz - dt;
-        const F q = exp_clamped(V(), dz), p = exp_clamped(V(), dt);
-        F g = V::keep(V::gt(q, zero), q * V::fma(c, gap, V::fma(b, dz, a)));
+        F dz = lse.before(z), dt = teacher.before(t);
+        const F gap = V::keep(with_gap, dz - dt);
+        F p, q, g;
+        if constexpr (with_mixture) {
+            const Mixed<V> m(dt, dz, weight, rest);
+            g = V::keep(m.counts, V::fma(to_p * m.p, m.r, to_q * m.q * (m.log_q - m.r)));
+            p = m.p;
+            q = m.q;
+        } else {
+            g = zero;
+            q = exp_clamped(V(), dz);
+            p = exp_clamped(V(), dt);
+        }
+        g = g + V::keep(V::gt(q, zero), q * V::fma(c, gap, V::fma(b, dz, a)));
         g = V::fma(d, p, g);
         if constexpr (with_t1) {
-            F d1 = (z * temperature - t1) - t1_low;
+            F d1 = t1.before(z * temperature);
             g = V::fma(e, exp_clamped(V(), d1), g);
         }
         if constexpr (softcap) {
@@ -202,7 +275,7 @@ struct PairGradient {
     }
 };
 
-template <class V, bool softcap, bool with_t1, class T>
+template <class V, bool softcap, bool with_t1, bool with_mixture, class T>
 void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, int64_t end) {
     using S = typename V::S;
     S *t = s.row<S>(0), *z = s.row<S>(1);
@@ -213,13 +286,14 @@ void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, i
     for (int64_t r = begin; r < end; ++r) {
         const double* coef = a.coef + kPairCoefficients * r;
         T* out = a.out.row<T>(r);
-        if (std::all_of(coef + 2, coef + 7, [](double x) { return x == 0; })) {
+        const auto zero = [](double x) { return x == 0; };
+        if (std::all_of(coef + 2, coef + 7, zero) && std::all_of(coef + 8, coef + 10, zero)) {
             std::memset(static_cast<void*>(out), 0, vocab * sizeof(T));
             continue;
         }
-        const PairGradient<V, softcap, with_t1> gradient(a.head, coef, slope);
+        const PairGradient<V, softcap, with_t1, with_mixture> gradient(a.head, coef, slope);
         // a row with nothing but its cross-entropy asks nothing of its teacher, which may hold anything
-        const bool reads_teacher = coef[4] != 0 || coef[5] != 0;
+        const bool reads_teacher = coef[4] != 0 || coef[5] != 0 || coef[8] != 0 || coef[9] != 0;
         if (!reads_teacher) std::fill_n(t, kPiece, S(coef[1]));
         const int64_t lead = fresh ? int64_t((64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(T)) : 0;
         for (int64_t c = 0, n; c < columns; c += n) {
@@ -245,10 +319,14 @@ void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, i
 }
 
 inline void pair_stats_backward(const PairStatsBackward& a, Scratch& s, int64_t begin, int64_t end) {
+    const auto with = [](bool flag, auto&& visit) { return flag ? visit(std::true_type()) : visit(std::false_type()); };
     visit_dtype(a.dtype, [&](auto v, auto t) {
-        using V = decltype(v);
-        using T = decltype(t);
-        if (a.head.softcap != 0) (a.with_t1 ? pair_gradient_rows<V, true, true, T> : pair_gradient_rows<V, true, false, T>)(a, s, begin, end);
-        else (a.with_t1 ? pair_gradient_rows<V, false, true, T> : pair_gradient_rows<V, false, false, T>)(a, s, begin, end);
+        with(a.head.softcap != 0, [&](auto softcap) {
+            with(a.with_t1, [&](auto t1) {
+                with(a.with_mixture, [&](auto mixture) {
+                    pair_gradient_rows<decltype(v), softcap.value, t1.value, mixture.value, decltype(t)>(a, s, begin, end);
+                });
+            });
+        });
     });
 }

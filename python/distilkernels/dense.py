@@ -1,7 +1,7 @@
 """Losses of a dense teacher: both rows whole, [N, V] log-softmaxes never.
 
-Forward and reverse KL are a few sums over both rows (:mod:`.primitives.pair_stats`). Every other divergence runs on blocks of
-rows that fit into a cache, where its gradient is taken too.
+Forward and reverse KL, JSD and the skewed KLs are a few sums over both rows (:mod:`.primitives.pair_stats`). Every other divergence
+runs on blocks of rows that fit into a cache, where its gradient is taken too.
 """
 
 from __future__ import annotations
@@ -13,27 +13,38 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergences import JSD, Divergence, ForwardKL, ReverseKL
+from .divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
 from .linear import epilogue_gradient, refusing_twice, scaled
 from .losses import DistillStats, checked_cross_entropy, checked_pair, checked_parameters, two_terms
 from .primitives.boundary import functorch_refused, plain_eager, rows_of
 from .primitives.head import Head, checked_number
 from .primitives.memory import recycled_empty
-from .primitives.pair_stats import PairStats, Sides, logits_grad, pair_stats, row_blocks, rows_at, statistics
+from .primitives.pair_stats import PairStats, Sides, logits_grad, named, pair_stats, row_blocks, rows_at, statistics
 from .primitives.vocab_stats import checked_logits
 from .primitives.vocab_stats import statistics as row_statistics
 from .row_loss import checked_reduction, checked_weights, denominator, weighted
 
+_MIXTURE = {JSD: lambda d: d.beta, SkewForwardKL: lambda d: d.alpha, SkewReverseKL: lambda d: 1 - d.alpha}
+_PAIRED = (ForwardKL, ReverseKL, *_MIXTURE)
 
-def _kl_direction(divergence) -> str | None:
-    """Which KL a divergence is, and so whether a few sums over the rows are enough for it."""
-    if isinstance(divergence, ForwardKL):
-        return "forward_kl"
-    if isinstance(divergence, ReverseKL):
-        return "reverse_kl"
-    if isinstance(divergence, JSD) and not isinstance(divergence.beta, Tensor):
-        return {0: "forward_kl", 1: "reverse_kl"}.get(divergence.beta)
-    return None
+
+def _ends(w: Tensor) -> Tensor:
+    return (w == 0) | (w == 1)
+
+
+def divergence_of_stats(divergence, s: PairStats, w: Tensor | None) -> Tensor:
+    """The divergence per row from the statistics of both rows; `w` [N] as :meth:`DenseDistillation.mixture` gives it.
+
+    At w = 0 the mixture is q and at w = 1 it is p: one of the two divergences to it is a KL then, and the other 0.
+    """
+    if w is None:
+        return s.forward_kl if type(divergence) is ForwardKL else s.reverse_kl
+    to_p = torch.where(_ends(w), torch.where(w == 0, s.forward_kl, 0.0), s.teacher_to_mixture)
+    to_q = torch.where(_ends(w), torch.where(w == 1, s.reverse_kl, 0.0), s.student_to_mixture)
+    if type(divergence) is JSD:
+        # in between nothing is rescaled, at the ends JSD *is* a KL
+        return torch.where(_ends(w), to_p + to_q, w * to_p + (1 - w) * to_q)
+    return to_p if type(divergence) is SkewForwardKL else to_q
 
 
 class DenseDistillation:
@@ -52,7 +63,6 @@ class DenseDistillation:
         if isinstance(self.divergence, Divergence) and hasattr(self.divergence, "buckets"):
             self.divergence = self.divergence.buckets(False)
         checked_parameters(self.divergence, n)
-        self.kl = _kl_direction(self.divergence)
         temperature = sides.student.temperature
         self.scale = temperature**2 if scale_by_t2 else 1.0
         self.columns, self.backend = sides.student.columns(vocab_size), backend
@@ -66,6 +76,19 @@ class DenseDistillation:
             self.kd, self.ce, num_items_in_batch = two_terms(kd, counted, self.kd, reduction, num_items_in_batch)
             self.ce = self.ce * ce_weight
         self.count = denominator(self.kd, n, reduction, num_items_in_batch)
+
+    @property
+    def paired(self) -> bool:
+        """Whether a few sums over the rows are enough for the divergence."""
+        return type(self.divergence) in _PAIRED
+
+    def mixture(self, n: int, device: torch.device) -> Tensor | None:
+        """The teacher's share w of the mixture that the divergence compares with, [n] in float64."""
+        share = _MIXTURE.get(type(self.divergence))
+        if share is None:
+            return None
+        w = torch.as_tensor(share(self.divergence), dtype=torch.float64, device=device)
+        return w.reshape(-1) if w.numel() == n and w.dim() else w.expand(n)
 
     @property
     def used(self) -> Tensor | None:
@@ -83,14 +106,17 @@ class DenseDistillation:
         part.divergence = self.divergence.rows(index) if hasattr(self.divergence, "rows") else self.divergence
         return part
 
-    def of_stats(self, stats: PairStats) -> tuple[Tensor, Tensor]:
-        """(weighted loss, divergence × scale) per row, for the two KLs."""
-        kl = getattr(stats, self.kl) * self.scale
-        rows = weighted(kl, self.kd)
+    def of_stats(self, stats: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(weighted loss, divergence × scale) per row from the statistics [n, 10] and the mixture's w."""
+        if self.kd is not None:
+            # constants in rows that do not count, so that whatever those hold meets no arithmetic
+            stats = stats.masked_fill(~self.used[:, None], 0)
+        s = PairStats(*stats.unbind(-1))
+        plain = divergence_of_stats(self.divergence, s, w) * self.scale
+        rows = weighted(plain, self.kd)
         if self.ce is not None:
-            temperature = self.sides.student.temperature
-            rows = rows + weighted(stats.lse_t1 - stats.label_logit * temperature, self.ce)
-        return rows, kl
+            rows = rows + weighted(s.lse_t1 - s.label_logit * self.sides.student.temperature, self.ce)
+        return rows, plain
 
     def of_logits(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The same for any divergence, from raw logits [n, columns] of both sides; float32, or float64 for float64 logits."""
@@ -118,7 +144,7 @@ class DenseDistillation:
 
         One block of rows is all that exists beside the arguments.
         """
-        if self.kl is not None:
+        if self.paired:
             return self._pair_sweep(x, y, out, upstream)
         n = x.shape[0] * x.shape[1]
         rows, plain = (torch.zeros(n, dtype=torch.float64, device=x.device) for _ in range(2))
@@ -149,27 +175,29 @@ class DenseDistillation:
         return rows, plain
 
     def _pair_sweep(self, x: Tensor, y: Tensor, out: Tensor | None, upstream: Tensor | float) -> tuple[Tensor, Tensor]:
-        stats = statistics(x, y, self.labels, self.sides, self.backend)
+        w, inner = self._mixtures(x)
+        stats = statistics(x, y, self.labels, inner, self.sides, self.backend)
 
         def value(leaves):
-            found = self.of_stats(PairStats(*self._quiet(leaves["stats"]["pair"]).unbind(-1)))
+            found = self.of_stats(leaves["stats"]["pair"], w)
             return (found[0] * upstream).sum(), found
 
-        leaves = {"stats": {"pair": stats[:, :-1]}, "per_token": []}
+        leaves = {"stats": {"pair": named(stats)}, "per_token": []}
         if out is None:
             return value(leaves)[1]
         slopes, (_, found) = epilogue_gradient(value, leaves)
-        logits_grad(x, y, self.labels, stats, slopes["stats"]["pair"], self.sides, self.backend, True)
+        logits_grad(x, y, self.labels, inner, stats, slopes["stats"]["pair"], self.sides, self.backend, True)
         return tuple(t.detach() for t in found)
 
-    def _quiet(self, stats: Tensor) -> Tensor:
-        """The statistics with constants in rows that do not count, so that whatever those hold meets no arithmetic."""
-        return stats if self.kd is None else stats.masked_fill(~self.used[:, None], 0)
+    def _mixtures(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(w, what the kernel gets): at the ends of [0, 1] its numbers are not used."""
+        w = self.mixture(x.shape[0] * x.shape[1], x.device)
+        return w, None if w is None else w.masked_fill(_ends(w), 0.5)
 
     def of_pairs(self, x: Tensor, y: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
-        """:meth:`of_stats` of logits [..., V], differentiable."""
-        stats = pair_stats(x, y, self.labels, self.sides, backend=self.backend, inplace_backward=inplace)
-        return self.of_stats(PairStats(*self._quiet(torch.stack(stats, -1)).unbind(-1)))
+        """:meth:`of_stats` of logits [O, I, V], differentiable."""
+        w, inner = self._mixtures(x)
+        return self.of_stats(pair_stats(x, y, self.labels, inner, self.sides, backend=self.backend, inplace_backward=inplace), w)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,8 +346,8 @@ def distill_loss(
     x, y = rows_of(student_logits), rows_of(teacher)
     # read before a backward in place can overwrite them
     extra = task.diagnostics(x.detach(), y) if return_stats else None
-    if task.kl is not None:
-        rows, plain = task.of_pairs(student_logits, teacher, inplace_backward)
+    if task.paired:
+        rows, plain = task.of_pairs(x, y, inplace_backward)
         loss = rows if reduction == "none" else rows.sum() / task.count
     else:
         run = torch.compiler.disable(_by_blocks) if torch.compiler.is_compiling() else _by_blocks

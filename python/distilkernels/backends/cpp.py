@@ -65,16 +65,20 @@ def vocab_stats_backward(
     )  # fmt: skip
 
 
-def pair_stats(logits: Tensor, teacher: Tensor, sides, out: Tensor) -> None:
-    student = _side(logits, sides.student, logits)
-    _cpp.pair_stats(student, _side(teacher, sides.teacher, logits), sides.with_t1, torch.get_num_threads(), out.data_ptr())
+def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides, out: Tensor) -> None:
+    if mixture is not None:
+        mixture = mixture.contiguous()
+    _cpp.pair_stats(
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), sides.with_t1, 0 if mixture is None else mixture.data_ptr(),
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
 
 
-def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides, out: Tensor) -> None:
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides, with_mixture: bool, out: Tensor) -> None:
     coef = coef.contiguous()
     _cpp.pair_stats_backward(
-        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), coef.data_ptr(), sides.with_t1, torch.get_num_threads(),
-        out.data_ptr(), _shape(out),
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), coef.data_ptr(), sides.with_t1, with_mixture,
+        torch.get_num_threads(), out.data_ptr(), _shape(out),
     )  # fmt: skip
 
 
