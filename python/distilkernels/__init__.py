@@ -6,6 +6,7 @@ from .capture import capture_samples, capture_topk, linear_capture_samples, line
 from .dense import distill_loss
 from .errors import BackendError
 from .linear import linear_row_loss, linear_token_logprobs, linear_topk_distill_loss, linear_vocab_stats
+from .linear_dense import linear_distill_loss
 from .losses import DistillStats, token_logprobs, topk_distill_loss
 from .mixture import multi_teacher
 from .primitives.shard import VocabShard
@@ -32,6 +33,7 @@ __all__ = [
     "divergences",
     "linear_capture_samples",
     "linear_capture_topk",
+    "linear_distill_loss",
     "linear_row_loss",
     "linear_sampled_distill_loss",
     "linear_score_topk",

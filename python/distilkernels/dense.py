@@ -97,6 +97,12 @@ class DenseDistillation:
             return None
         return self.kd != 0 if self.ce is None else (self.kd != 0) | (self.ce != 0)
 
+    def on_columns(self) -> DenseDistillation:
+        """The same loss on rows that hold the valid columns alone."""
+        part = copy.copy(self)
+        part.sides = self.sides._replace(student=self.sides.student._replace(valid_vocab=None))
+        return part
+
     def rows(self, index: slice | Tensor) -> DenseDistillation:
         """The same loss on some of its rows."""
         part = copy.copy(self)
