@@ -38,40 +38,58 @@ double fill(typename V::S* out, DType dtype, const Rows& rows, int64_t r, int64_
     return top;
 }
 
-// Σ e^d and Σ e^d·d of one row, d = z − ref; Σ e^d·(d − the other row's d).
+// Σ e^d and Σ e^d·d of one row, d = z − ref; Σ e^d·(z − the other row's z − between), see Pair.
 struct Side {
     double ref = 0, exp = 0, exp_d = 0, gap = 0;
     bool started = false;
 
     // The reference follows the maximum from eight below it: exponentials that count stay where z − ref rounds to 5e-7.
     bool moves(double top) const { return top > -kInf && (!started || top > ref + 8); }
+
+    void move(double top) {
+        const double shift = ref - top, factor = started ? std::exp(shift) : 0;
+        if (exp != 0) {
+            gap = factor == 0 ? 0 : factor * gap;
+            exp_d = factor == 0 ? 0 : factor * (exp_d + shift * exp);
+            exp *= factor;
+        }
+        ref = top;
+        started = true;
+    }
 };
 
-// Sums of `mine` and of the other row's gap after `mine.ref` becomes `top`.
-inline void move_reference(Side& mine, Side& other, double top) {
-    const double shift = mine.ref - top, factor = mine.started ? std::exp(shift) : 0;
-    other.gap -= shift * other.exp;
-    if (mine.exp != 0) {
-        mine.gap = factor == 0 ? 0 : factor * (mine.gap + shift * mine.exp);
-        mine.exp_d = factor == 0 ? 0 : factor * (mine.exp_d + shift * mine.exp);
-        mine.exp *= factor;
+// Gaps are t − z less the distance of the references: of close rows the first difference is exact and the second small.
+struct Pair {
+    Side p, q;
+    double between = 0;
+
+    template <class V>
+    void move(double t_top, double z_top) {
+        const bool p_moves = p.moves(t_top), q_moves = q.moves(z_top);
+        if (!p_moves && !q_moves) return;
+        if (p_moves) p.move(t_top);
+        if (q_moves) q.move(z_top);
+        const double next = double(typename V::S(p.ref - q.ref));
+        p.gap += p.exp * (between - next);
+        q.gap += q.exp * (next - between);
+        between = next;
     }
-    mine.ref = top;
-    mine.started = true;
-}
+};
 
 template <class V>
-void add_piece(Side& p, Side& q, const typename V::S* t, const typename V::S* z, int64_t n) {
+void add_piece(Pair& pair, const typename V::S* t, const typename V::S* z, int64_t n) {
     using F = typename V::F;
-    const F zero = V::set(0), t_ref = V::set(p.ref), z_ref = V::set(q.ref);
+    Side &p = pair.p, &q = pair.q;
+    const F zero = V::set(0), t_ref = V::set(p.ref), z_ref = V::set(q.ref), between = V::set(pair.between);
     F p_exp[2] = {zero, zero}, p_d[2] = {zero, zero}, p_gap[2] = {zero, zero};
     F q_exp[2] = {zero, zero}, q_d[2] = {zero, zero}, q_gap[2] = {zero, zero};
     for (int64_t c = 0; c < n; c += 2 * V::width) {
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
-            F dt = V::load(t + c + i * V::width) - t_ref, dz = V::load(z + c + i * V::width) - z_ref;
+            const F at_t = V::load(t + c + i * V::width), at_z = V::load(z + c + i * V::width);
+            F dt = at_t - t_ref, dz = at_z - z_ref;
             // of the logits themselves: a clamped distance would hide a row that gives nothing to what the other holds likely
-            const F gap = dt - dz;
+            const F gap = (at_t - at_z) - between;
             const F et = exp_clamped(V(), dt), ez = exp_clamped(V(), dz);
             p_exp[i] = p_exp[i] + et;
             q_exp[i] = q_exp[i] + ez;
@@ -170,7 +188,8 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
     const int64_t columns = a.head.columns;
     const double temperature = a.head.temperature;
     for (int64_t r = begin; r < end; ++r) {
-        Side p, q;
+        Pair pair;
+        const Side &p = pair.p, &q = pair.q;
         double t1 = 0, t1_ref = 0;
         bool t1_started = false;
         for (int64_t c = 0; c < columns; c += kPiece) {
@@ -179,9 +198,8 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
             const double z_top = fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
             pad_pair<V>(t, n);
             pad_pair<V>(z, n);
-            if (p.moves(t_top)) move_reference(p, q, t_top);
-            if (q.moves(z_top)) move_reference(q, p, z_top);
-            add_piece<V>(p, q, t, z, n);
+            pair.move<V>(t_top, z_top);
+            add_piece<V>(pair, t, z, n);
             if (a.with_t1) {
                 const double top = z_top * temperature;
                 if (top > -kInf && (!t1_started || top > t1_ref + 8)) {
@@ -194,13 +212,12 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
         }
         // a row of −inf alone has no distribution
         const double lse = q.exp == 0 ? -kInf : q.ref + std::log(q.exp), teacher_lse = p.exp == 0 ? -kInf : p.ref + std::log(p.exp);
-        const double between = p.ref - q.ref;
         const bool ok = !std::isnan(p.exp) && !std::isnan(q.exp);
         double* out = a.out + kPairStats * r;
         out[0] = lse;
         out[1] = teacher_lse;
-        out[2] = ok ? p.gap / p.exp + between : kNaN;
-        out[3] = ok ? q.gap / q.exp - between : kNaN;
+        out[2] = ok ? p.gap / p.exp + pair.between : kNaN;
+        out[3] = ok ? q.gap / q.exp - pair.between : kNaN;
         out[4] = q.exp_d / q.exp + q.ref;
         out[5] = p.exp_d / p.exp + p.ref;
         out[6] = !a.with_t1 ? lse : t1 == 0 ? -kInf : t1_ref + std::log(t1);
@@ -226,7 +243,7 @@ template <class V, bool softcap, bool with_t1, bool with_mixture>
 struct PairGradient {
     using F = typename V::F;
     TwoParts<V> lse, teacher, t1;
-    F a, b, c, d, e, to_p, to_q, weight, rest, temperature, over_cap, zero;
+    F a, b, c, d, e, f, g, h, weight, rest, temperature, over_cap, zero;
     typename V::M with_gap;  // a gap that nothing is asked of may be infinite
 
     PairGradient(const Head& head, const double* coef, double slope)
@@ -238,10 +255,11 @@ struct PairGradient {
           c(V::set(coef[4] * slope)),
           d(V::set(coef[5] * slope)),
           e(V::set(coef[6] * slope)),
-          to_p(V::set(coef[8] * slope)),
-          to_q(V::set(coef[9] * slope)),
-          weight(V::set(coef[10])),
-          rest(V::set(1 - coef[10])),
+          f(V::set(coef[8] * slope)),
+          g(V::set(coef[9] * slope)),
+          h(V::set(coef[10] * slope)),
+          weight(V::set(coef[11])),
+          rest(V::set(1 - coef[11])),
           temperature(V::set(head.temperature)),
           over_cap(V::set(softcap ? head.temperature / head.softcap : 0)),
           zero(V::set(0)),
@@ -250,28 +268,27 @@ struct PairGradient {
     F at(F z, F t) const {
         F dz = lse.before(z), dt = teacher.before(t);
         const F gap = V::keep(with_gap, dz - dt);
-        F p, q, g;
+        F p, q, found = zero;
         if constexpr (with_mixture) {
             const Mixed<V> m(dt, dz, weight, rest);
-            g = V::keep(m.counts, V::fma(to_p * m.p, m.r, to_q * m.q * (m.log_q - m.r)));
+            found = V::keep(m.counts, V::fma(f * m.p, m.r, m.q * V::fma(g, m.log_q, h * m.r)));
             p = m.p;
             q = m.q;
         } else {
-            g = zero;
             q = exp_clamped(V(), dz);
             p = exp_clamped(V(), dt);
         }
-        g = g + V::keep(V::gt(q, zero), q * V::fma(c, gap, V::fma(b, dz, a)));
-        g = V::fma(d, p, g);
+        found = found + V::keep(V::gt(q, zero), q * V::fma(c, gap, V::fma(b, dz, a)));
+        found = V::fma(d, p, found);
         if constexpr (with_t1) {
             F d1 = t1.before(z * temperature);
-            g = V::fma(e, exp_clamped(V(), d1), g);
+            found = V::fma(e, exp_clamped(V(), d1), found);
         }
         if constexpr (softcap) {
             const F y = z * over_cap;
-            g = g * V::fma(-y, y, V::set(1));
+            found = found * V::fma(-y, y, V::set(1));
         }
-        return g;
+        return found;
     }
 };
 
@@ -287,13 +304,13 @@ void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, i
         const double* coef = a.coef + kPairCoefficients * r;
         T* out = a.out.row<T>(r);
         const auto zero = [](double x) { return x == 0; };
-        if (std::all_of(coef + 2, coef + 7, zero) && std::all_of(coef + 8, coef + 10, zero)) {
+        if (std::all_of(coef + 2, coef + 7, zero) && std::all_of(coef + 8, coef + 11, zero)) {
             std::memset(static_cast<void*>(out), 0, vocab * sizeof(T));
             continue;
         }
         const PairGradient<V, softcap, with_t1, with_mixture> gradient(a.head, coef, slope);
         // a row with nothing but its cross-entropy asks nothing of its teacher, which may hold anything
-        const bool reads_teacher = coef[4] != 0 || coef[5] != 0 || coef[8] != 0 || coef[9] != 0;
+        const bool reads_teacher = coef[4] != 0 || coef[5] != 0 || !std::all_of(coef + 8, coef + 11, zero);
         if (!reads_teacher) std::fill_n(t, kPiece, S(coef[1]));
         const int64_t lead = fresh ? int64_t((64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / sizeof(T)) : 0;
         for (int64_t c = 0, n; c < columns; c += n) {

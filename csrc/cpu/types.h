@@ -126,7 +126,7 @@ struct VocabStatsBackward {
 constexpr int64_t kPiece = 2048;
 
 constexpr int64_t kPairStats = 11;
-constexpr int64_t kPairCoefficients = 11;
+constexpr int64_t kPairCoefficients = 12;
 
 // out [N, 11]: lse, teacher_lse, teacher_gap, student_gap, expected_logit, teacher_expected_logit, lse_t1 (lse itself unless
 // `with_t1`), teacher_to_mixture, student_to_mixture, Σ p·r, Σ q·r (zeros unless there is a `mixture`, [N]).
@@ -143,7 +143,7 @@ struct PairStats {
     int64_t numbers() const { return 2 * items() * logits.vocab; }
 };
 
-// coef [N, 11]: lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, w.
+// coef [N, 12]: lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, H, w.
 struct PairStatsBackward {
     DType dtype, teacher_dtype;
     Rows logits, teacher;

@@ -20,7 +20,7 @@ from .primitives.boundary import functorch_refused, plain_eager, rows_of
 from .primitives.head import Head, checked_number
 from .primitives.memory import recycled_empty
 from .primitives.pair_stats import PairStats, Sides, logits_grad, named, pair_stats, row_blocks, rows_at, statistics
-from .primitives.vocab_stats import checked_logits
+from .primitives.vocab_stats import checked_inplace, checked_logits
 from .primitives.vocab_stats import statistics as row_statistics
 from .row_loss import checked_reduction, checked_weights, denominator, weighted
 
@@ -350,7 +350,8 @@ def distill_loss(
     teacher = teacher_logits.detach()[..., : task.columns]
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
     x, y = rows_of(student_logits), rows_of(teacher)
-    # read before a backward in place can overwrite them
+    if inplace_backward:
+        checked_inplace(x)
     extra = task.diagnostics(x.detach(), y) if return_stats else None
     if task.paired:
         rows, plain = task.of_pairs(x, y, inplace_backward)

@@ -7,7 +7,8 @@ second look at the rows when their lse are known.
 
 The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m:
 
-    dz_v = q_v·(A + B·log q_v + C·log(q_v/p_v)) + D·p_v + E·e^{T·z_v − lse_t1} + F·p_v·r_v + G·q_v·(log(q_v/m_v) − r_v)
+    dz_v = q_v·(A + B·log q_v + C·log(q_v/p_v)) + D·p_v + E·e^{T·z_v − lse_t1}
+         + F·p_v·r_v + G·q_v·log(q_v/m_v) + H·q_v·r_v
 
 and the exact entry at a label, where one is given.
 """
@@ -33,7 +34,7 @@ _KERNEL = (
 )  # fmt: skip
 
 # Numbers of one block of the reference: a few blocks of float32 in a CPU's cache, or enough to fill a GPU
-_BLOCK = {"cpu": 2**18, "cuda": 2**26}
+_BLOCK = {"cpu": 2**17, "cuda": 2**26}
 
 
 class PairStats(NamedTuple):
@@ -158,8 +159,8 @@ def _mixed(log_p: Tensor, log_q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
     """Writes d logits: the formula of the module's page times dz/dx. `out` [O, I, V] may be `logits` itself.
 
-    coef fp64 [N, 11] holds lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, w. A row with A = … = G = 0 is written as zeros whatever
-    it holds, and one with C = D = F = G = 0 asks nothing of its teacher.
+    coef fp64 [N, 12] holds lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, H, w. A row with A = … = H = 0 is written as zeros whatever
+    it holds, and one with C = D = F = G = H = 0 asks nothing of its teacher.
     """
     columns = sides.student.columns(logits.shape[2])
     for block, z, t in _blocks(logits, teacher, sides):
@@ -170,9 +171,9 @@ def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sid
 
 
 def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: bool) -> Tensor:
-    """d x at entries z, t [N, ...] from coef [N, 1, 11] in the dtype of z."""
-    lse, teacher_lse, a, b, c, d, e, lse_t1, f, g, w = coef.unbind(-1)
-    alone = (c == 0) & (d == 0) & (f == 0) & (g == 0)
+    """d x at entries z, t [N, ...] from coef [N, 1, 12] in the dtype of z."""
+    lse, teacher_lse, a, b, c, d, e, lse_t1, f, g, h, w = coef.unbind(-1)
+    alone = (torch.stack([c, d, f, g, h], -1) == 0).all(-1)
     log_q = (z - lse).to(z.dtype)
     log_p = torch.where(alone, 0.0, t - teacher_lse).to(z.dtype)
     q, p = log_q.exp(), log_p.exp()
@@ -181,16 +182,16 @@ def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: boo
         found = found + _nothing_at_0(e, (z * sides.student.temperature - lse_t1).exp())
     if with_mixture:
         log_m, share = _mixed(log_p, log_q, w)
-        found = found + _nothing_at_0(p, f * share) + _nothing_at_0(q, g * (log_q - log_m - share))
+        found = found + _nothing_at_0(p, f * share) + _nothing_at_0(q, g * (log_q - log_m) + h * share)
     found = found * sides.student.chain(z)
-    return torch.where((coef[..., 2:7] == 0).all(-1) & (f == 0) & (g == 0), 0.0, found)
+    return torch.where(alone & (torch.stack([a, b, e], -1) == 0).all(-1), 0.0, found)
 
 
 # ---------------------------------------------------------------------------------------------- autograd
 
 
 def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Sides) -> Tensor:
-    """[N, 11] for the backward kernel from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
+    """[N, 12] for the backward kernel from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
     s, g = dict(zip(_KERNEL, stats.unbind(-1))), PairStats(*grads.unbind(-1))
     zero = torch.zeros_like(g.lse)
     # q_v·(1 + (z_v − t_v) − student_gap) and q_v·(1 + z_v − expected_logit), with z and t counted from their lse
@@ -199,11 +200,15 @@ def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Si
     e = g.lse_t1 * sides.student.temperature
     if not sides.with_t1:
         a, e = a + g.lse_t1, zero
-    to_p, to_q, w = zero, zero, zero
+    f, h, to_q, w = zero, zero, zero, zero
     if mixture is not None:
         to_p, to_q, w = g.teacher_to_mixture, g.student_to_mixture, mixture
-        a = a + _nothing_at_0(to_p, s["teacher_share"]) + _nothing_at_0(to_q, s["student_share"] - s["student_to_mixture"])
-    return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, -g.teacher_gap, e, s["lse_t1"], -to_p, to_q, w], -1)
+        # −F·p·r − H·q·r = (w·p + (1 − w)·q)·r = (1 − w)·q where F = −w and H = w − 1, all of it in JSD: that part is taken out,
+        # since in the sums it would have to cancel
+        both = torch.where(to_p * to_q > 0, torch.minimum((to_p / w).abs(), (to_q / (1 - w)).abs()).copysign(to_p), zero)
+        f, h = both * w - to_p, both * (1 - w) - to_q
+        a = a - _nothing_at_0(f, s["teacher_share"]) - _nothing_at_0(h, s["student_share"]) - _nothing_at_0(to_q, s["student_to_mixture"])
+    return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, -g.teacher_gap, e, s["lse_t1"], f, to_q, h, w], -1)
 
 
 def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, sides: Sides, backend: str | None) -> Tensor:
