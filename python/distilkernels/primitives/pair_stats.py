@@ -129,8 +129,7 @@ def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Si
         if mixture is None:
             values |= dict.fromkeys(_KERNEL[7:], torch.zeros_like(lse))
         else:
-            w = mixture[block][:, None].to(z.dtype)
-            log_m, share = _mixed(log_p, log_q, w)
+            log_m, share = _mixed(log_p, log_q, mixture[block][:, None])
             values["teacher_to_mixture"] = _nothing_at_0(p, log_p - log_m).sum(-1)
             values["student_to_mixture"] = _nothing_at_0(q, log_q - log_m).sum(-1)
             values["teacher_share"], values["student_share"] = (_nothing_at_0(m, share).sum(-1) for m in (p, q))
@@ -151,9 +150,10 @@ def _nothing_at_0(mass: Tensor, value: Tensor) -> Tensor:
 
 
 def _mixed(log_p: Tensor, log_q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """log m and r = (1 − w)·q/m of m = w·p + (1 − w)·q, w in (0, 1)."""
-    log_m = torch.logaddexp(log_p + w.log(), log_q + (1 - w).log())
-    return log_m, (log_q + (1 - w).log() - log_m).exp()
+    """log m and r = (1 − w)·q/m of m = w·p + (1 − w)·q, w fp64 in (0, 1)."""
+    ours, theirs = log_q + (1 - w).log().to(log_q.dtype), log_p + w.log().to(log_p.dtype)
+    log_m = torch.logaddexp(theirs, ours)
+    return log_m, (ours - log_m).exp()
 
 
 def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
