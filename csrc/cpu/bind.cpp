@@ -88,6 +88,42 @@ void stats_backward(int dtype, Pointer logits, const Shape& shape, const IdNumbe
     for_items(a, threads, kernels().vocab_stats_backward);
 }
 
+using PairNumbers = std::tuple<int, Pointer, Shape, HeadNumbers>;  // dtype, data, rows, head of one side
+
+void pairs(const PairNumbers& student, const PairNumbers& teacher, bool with_t1, Pointer mixture, int threads, Pointer out) {
+    PairStats a;
+    a.dtype = DType(std::get<0>(student));
+    a.teacher_dtype = DType(std::get<0>(teacher));
+    a.logits = rows(std::get<1>(student), std::get<2>(student));
+    a.teacher = rows(std::get<1>(teacher), std::get<2>(teacher));
+    a.head = head(std::get<3>(student));
+    a.teacher_head = head(std::get<3>(teacher));
+    a.with_t1 = with_t1;
+    a.mixture = at<double>(mixture);
+    a.out = at<double>(out);
+    py::gil_scoped_release release;
+    for_items(a, threads, kernels().pair_stats);
+}
+
+void pairs_backward(const PairNumbers& student, const PairNumbers& teacher, Pointer coef, bool with_t1, bool with_mixture, int threads,
+                    Pointer out, const Shape& out_shape) {
+    constexpr size_t itemsize[] = {4, 2, 2, 8};
+    PairStatsBackward a;
+    a.dtype = DType(std::get<0>(student));
+    a.teacher_dtype = DType(std::get<0>(teacher));
+    a.logits = rows(std::get<1>(student), std::get<2>(student));
+    a.teacher = rows(std::get<1>(teacher), std::get<2>(teacher));
+    a.coef = at<double>(coef);
+    a.with_t1 = with_t1;
+    a.with_mixture = with_mixture;
+    a.head = head(std::get<3>(student));
+    a.teacher_head = head(std::get<3>(teacher));
+    a.out = rows(out, out_shape);
+    py::gil_scoped_release release;
+    if (out != std::get<1>(student)) advise_huge_pages(a.out, itemsize[std::get<0>(student)]);
+    for_items(a, threads, kernels().pair_stats_backward);
+}
+
 void products(const MatrixNumbers& hidden, const MatrixNumbers& weight, const IdNumbers& id, int threads, Pointer out) {
     const GatherDot a{matrix(hidden), matrix(weight), ids(id), at<void>(out)};
     py::gil_scoped_release release;
@@ -158,6 +194,8 @@ PYBIND11_MODULE(_cpp, m) {
     m.doc() = "CPU kernels on raw pointers; see distilkernels.backends.cpp";
     m.def("vocab_stats", &stats);
     m.def("vocab_stats_backward", &stats_backward);
+    m.def("pair_stats", &pairs);
+    m.def("pair_stats_backward", &pairs_backward);
     m.def("gather_dot", &products);
     m.def("gather_dot_hidden_grad", &products_hidden_grad);
     m.def("gather_dot_weight_grad", &products_weight_grad);

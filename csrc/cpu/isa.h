@@ -12,6 +12,8 @@ namespace distilkernels {
 struct Kernels {
     void (*vocab_stats)(const VocabStats&, Scratch&, int64_t begin, int64_t end);
     void (*vocab_stats_backward)(const VocabStatsBackward&, Scratch&, int64_t begin, int64_t end);
+    void (*pair_stats)(const PairStats&, Scratch&, int64_t begin, int64_t end);
+    void (*pair_stats_backward)(const PairStatsBackward&, Scratch&, int64_t begin, int64_t end);
     void (*gather_dot)(const GatherDot&, Scratch&, int64_t begin, int64_t end);
     void (*gather_dot_hidden_grad)(const GatherDotHiddenGrad&, Scratch&, int64_t begin, int64_t end);
     void (*gather_dot_weight_grad)(const GatherDotWeightGrad&, Scratch&, int64_t begin, int64_t end);

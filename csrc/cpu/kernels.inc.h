@@ -4,6 +4,7 @@
 #include "rows.inc.h"
 #include "vocab_stats.inc.h"
 #include "vocab_stats_backward.inc.h"
+#include "pair_stats.inc.h"
 #include "gather_dot.inc.h"
 #include "topk_select.inc.h"
 #include "draw_rows.inc.h"
@@ -11,5 +12,5 @@
 #include "uniforms.inc.h"
 #include "sample_rows.inc.h"
 
-extern const Kernels kernels = {vocab_stats, vocab_stats_backward, gather_dot, gather_dot_hidden_grad, gather_dot_weight_grad,
-                                topk_select, draw_rows, filter_rows, sample_rows, weigh_rows};
+extern const Kernels kernels = {vocab_stats, vocab_stats_backward, pair_stats, pair_stats_backward, gather_dot, gather_dot_hidden_grad,
+                                gather_dot_weight_grad, topk_select, draw_rows, filter_rows, sample_rows, weigh_rows};

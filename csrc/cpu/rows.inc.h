@@ -34,6 +34,23 @@ inline typename V::F tanh_of(const V& v, typename V::F x) {
     return V::select(V::gt(V::set(0.625f), magnitude), small, V::with_sign_of(large, x));
 }
 
+// log x to 1e-7 for x > 0 that is no denormal: x = m·2^n with m in [¾, 1½), and a minimax polynomial (4e-8) for log m.
+template <class V>
+inline typename V::F log_of(const V&, typename V::F x) {
+    typename V::F n;
+    const auto f = V::mantissa(x, n) - V::set(1);
+    auto p = V::set(5.413162528e-02f);
+    p = V::fma(p, f, V::set(-1.206730478e-01f));
+    p = V::fma(p, f, V::set(1.498392023e-01f));
+    p = V::fma(p, f, V::set(-1.682282028e-01f));
+    p = V::fma(p, f, V::set(1.997707724e-01f));
+    p = V::fma(p, f, V::set(-2.499344189e-01f));
+    p = V::fma(p, f, V::set(3.333354857e-01f));
+    p = V::fma(p, f, V::set(-5.000006065e-01f));
+    p = V::fma(p, f * f, f);
+    return V::fma(n, V::set(0x1.62e43p-1f), p);
+}
+
 enum class Map { plain, affine, softcap };
 
 inline Map map_of(const Head& head) {

@@ -126,6 +126,40 @@ struct VocabStatsBackward {
     int64_t numbers() const { return items() * logits.vocab; }
 };
 
+// Columns of pairs of rows that are worked on at once: two buffers of floats fill a third of a first-level cache.
+constexpr int64_t kPiece = 2048;
+
+constexpr int64_t kPairStats = 11;
+constexpr int64_t kPairCoefficients = 12;
+
+// out [N, 11]: lse, teacher_lse, teacher_gap, student_gap, expected_logit, teacher_expected_logit, lse_t1 (lse itself unless
+// `with_t1`), teacher_to_mixture, student_to_mixture, Σ p·r, Σ q·r (zeros unless there is a `mixture`, [N]).
+// Both sides are double or neither is; their rows may be split differently, `head.columns` holds for both.
+struct PairStats {
+    DType dtype, teacher_dtype;
+    Rows logits, teacher;
+    Head head, teacher_head;
+    bool with_t1;
+    const double* mixture;
+    double* out;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return 2 * items() * logits.vocab; }
+};
+
+// coef [N, 12]: lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, H, w.
+struct PairStatsBackward {
+    DType dtype, teacher_dtype;
+    Rows logits, teacher;
+    const double* coef;
+    bool with_t1, with_mixture;
+    Head head, teacher_head;
+    Rows out;
+
+    int64_t items() const { return logits.count(); }
+    int64_t numbers() const { return 2 * items() * logits.vocab; }
+};
+
 // [rows, columns] with last stride 1.
 struct Matrix {
     DType dtype;
@@ -327,6 +361,8 @@ struct Scratch {
         }
     }
     explicit Scratch(const VocabStatsBackward&) {}
+    explicit Scratch(const PairStats&) : Scratch(kPiece) {}
+    explicit Scratch(const PairStatsBackward&) : Scratch(kPiece) {}
     explicit Scratch(const GatherDot& a) : Scratch(a.weight.columns) {}
     explicit Scratch(const GatherDotHiddenGrad& a) : Scratch(a.weight.columns) {}
     explicit Scratch(const GatherDotWeightGrad& a) : Scratch(a.hidden.columns) {}

@@ -25,6 +25,12 @@ struct Float {
     static F octaves(F d) { return fma(d, set(0x1.715476p+0f), set(kBias)); }
     static F remainder(F d, F octaves) { return fma(octaves - set(kBias), set(-0x1.62e43p-1f), d); }
     static F scale(F p, F octaves) { return p * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(octaves), 23)); }
+    // x = m·2^n, m in [¾, 1½)
+    static F mantissa(F x, F& n) {
+        const __m256i bits = _mm256_castps_si256(x), octaves = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f400000)), 23);
+        n = _mm256_cvtepi32_ps(octaves);
+        return _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(octaves, 23)));
+    }
     static M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
     static M finite(F x) { return _mm256_cmp_ps(abs(x), set(std::numeric_limits<float>::infinity()), _CMP_LT_OQ); }
     static M nan(F x) { return _mm256_cmp_ps(x, x, _CMP_UNORD_Q); }

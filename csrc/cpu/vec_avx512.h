@@ -23,6 +23,12 @@ struct Float {
     static F octaves(F d) { return _mm512_roundscale_ps(d * set(0x1.715476p+0f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static F remainder(F d, F n) { return fma(n, set(-0x1.62e43p-1f), d); }
     static F scale(F p, F n) { return _mm512_scalef_ps(p, n); }
+    // x = m·2^n, m in [¾, 1½)
+    static F mantissa(F x, F& n) {
+        const __m512i bits = _mm512_castps_si512(x), octaves = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f400000)), 23);
+        n = _mm512_cvtepi32_ps(octaves);
+        return _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(octaves, 23)));
+    }
     static M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
     static M finite(F x) { return _mm512_cmp_ps_mask(abs(x), set(std::numeric_limits<float>::infinity()), _CMP_LT_OQ); }
     static M nan(F x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }

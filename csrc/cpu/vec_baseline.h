@@ -40,6 +40,12 @@ struct Float {
         return (d - n * set(0x1.62e4p-1f)) - n * set(0x1.7f7d1cp-20f);
     }
     static F scale(F p, F octaves) { return p * (F)((M)octaves << 23); }
+    // x = m·2^n, m in [¾, 1½)
+    static F mantissa(F x, F& n) {
+        const M bits = (M)x, octaves = (bits - 0x3f400000) >> 23;
+        n = __builtin_convertvector(octaves, F);
+        return (F)(bits - (octaves << 23));
+    }
     static M gt(F a, F b) { return a > b; }
     static M finite(F x) { return x - x == set(0); }
     static M nan(F x) { return x != x; }

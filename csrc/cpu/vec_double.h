@@ -17,8 +17,9 @@ struct Double {
     static M finite(F x) { return std::isfinite(x); }
     static M nan(F x) { return x != x; }
     static F keep(M m, F x) { return m ? x : 0.0; }
-    static unsigned bits(M m) { return m; }
     static F select(M m, F a, F b) { return m ? a : b; }
+    static F abs(F x) { return std::fabs(x); }
+    static unsigned bits(M m) { return m; }
     static double top(F x) { return x; }
     static double sum(F x) { return x; }
     static int pack(double* p, F x, unsigned bits) {
@@ -33,3 +34,5 @@ inline double exp_clamped(const Double&, double& d) {
 }
 
 inline double tanh_of(const Double&, double x) { return std::tanh(x); }
+
+inline double log_of(const Double&, double x) { return std::log(x); }

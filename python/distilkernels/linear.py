@@ -220,7 +220,7 @@ class _LinearRowLoss(torch.autograd.Function):
         ctx.given = not keep
         # on a CPU the usual factor of 1 is seen without waiting for anything, and saves a pass over dW
         unscaled = upstream.device.type == "cpu" and plain_eager(upstream) and bool(upstream == 1)
-        out = [None if g is None else _scaled(g, None if unscaled else upstream, dtype, keep) for g, dtype in zip(ctx.grads, ctx.dtypes)]
+        out = [None if g is None else scaled(g, None if unscaled else upstream, dtype, keep) for g, dtype in zip(ctx.grads, ctx.dtypes)]
         if not keep:
             ctx.grads = ()
         full = out[:3] + [None] * (ctx.arguments - 3)
@@ -229,7 +229,7 @@ class _LinearRowLoss(torch.autograd.Function):
         return tuple(full)
 
 
-def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
+def scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
     """grad·factor in `dtype`, in one pass; over grad's own memory unless it is to be kept."""
     if factor is None:
         return grad.to(dtype, copy=keep)

@@ -55,21 +55,12 @@ class TopKDistillation:
             self.divergence = self.divergence.buckets(tail == "bucket")
         self.tail, self.temperature, self.k = tail, temperature, teacher.k
         self.scale = temperature**2 if scale_by_t2 else 1.0
-        ce_weight = checked_number("ce_weight", ce_weight)
-        if labels is None and ce_weight != 0:
-            raise ValueError(f"ce_weight={ce_weight} needs labels; got labels=None")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-        if labels is not None:
-            labels = _checked_labels(labels, lead, vocab_size, device, ignore_index)
-        self.with_labels = labels is not None and ce_weight != 0
+        labels = checked_cross_entropy(labels, ce_weight, ignore_index, lead, vocab_size, device)
+        self.with_labels = labels is not None
         self.return_stats = return_stats
 
         n = math.prod(lead)
-        if isinstance(self.divergence, Divergence):
-            for name, value in self.divergence.per_token().items():
-                if value.numel() != n:
-                    raise ValueError(f"{name} of the divergence must have one value per token, {n}; got shape {tuple(value.shape)}")
+        checked_parameters(self.divergence, n)
         teacher = teacher.reshape(n)
         ids = teacher.ids
         if device.type == "cpu" and ids.numel() and plain_eager(ids):
@@ -84,13 +75,7 @@ class TopKDistillation:
             self.ids, self.weights, self.denominator = ids, kd, num_items_in_batch
             return
         counted = labels != ignore_index
-        ce = counted.double() if weights is None else torch.where(counted, weights, 0.0)
-        self.denominator = num_items_in_batch
-        if reduction == "mean" and num_items_in_batch is None:
-            # each term is a mean over its own rows: both are brought to one denominator
-            kd_sum, ce_sum = kd.sum(), ce.sum()
-            self.denominator = torch.where(kd_sum > 0, kd_sum, ce_sum)
-            kd, ce = kd * _ratio(self.denominator, kd_sum), ce * _ratio(self.denominator, ce_sum)
+        kd, ce, self.denominator = two_terms(kd, counted, weights, reduction, num_items_in_batch)
         # a label among the ids is one of their slots; else it is a slot of its own, and its mass returns to the tail below
         match = (ids == labels[:, None]) & counted[:, None]
         extra = torch.where(counted & ~match.any(-1), labels, -1)
@@ -173,6 +158,17 @@ class TopKDistillation:
         return loss, DistillStats(*(t.masked_fill(unused, 0).to(dtype) for t in numbers), agreement & ~unused)
 
 
+def two_terms(kd: Tensor, counted: Tensor, weights: Tensor | None, reduction: str, num_items_in_batch):
+    """(weights of the divergence, weights of the cross-entropy, denominator): each term is a mean over its own rows."""
+    ce = counted.double() if weights is None else torch.where(counted, weights, 0.0)
+    if reduction != "mean" or num_items_in_batch is not None:
+        return kd, ce, num_items_in_batch
+    # both are brought to one denominator
+    kd_sum, ce_sum = kd.sum(), ce.sum()
+    denominator = torch.where(kd_sum > 0, kd_sum, ce_sum)
+    return kd * _ratio(denominator, kd_sum), ce * _ratio(denominator, ce_sum), denominator
+
+
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, 0.0, a / b)
 
@@ -214,6 +210,27 @@ def _checked_teacher(teacher: TeacherTopK, lead: tuple[int, ...], vocab_size: in
             f"temperature is {temperature} but the teacher's log-probs were taken at {teacher.temperature}: capture them at the loss's "
             "temperature, or use teacher.retemper(T) with tail='renormalize'"
         )
+
+
+def checked_cross_entropy(labels, ce_weight, ignore_index, lead: tuple[int, ...], vocab_size: int, device: torch.device) -> Tensor | None:
+    """The flat labels, or None where the cross-entropy has no weight."""
+    ce_weight = checked_number("ce_weight", ce_weight)
+    if labels is None and ce_weight != 0:
+        raise ValueError(f"ce_weight={ce_weight} needs labels; got labels=None")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+    if labels is None:
+        return None
+    labels = _checked_labels(labels, lead, vocab_size, device, ignore_index)
+    return labels if ce_weight != 0 else None
+
+
+def checked_parameters(divergence, n: int) -> None:
+    """ValueError where a per-token parameter of the divergence has not one value for each of n tokens."""
+    if isinstance(divergence, Divergence):
+        for name, value in divergence.per_token().items():
+            if value.numel() != n:
+                raise ValueError(f"{name} of the divergence must have one value per token, {n}; got shape {tuple(value.shape)}")
 
 
 def _checked_labels(labels: Tensor, lead: tuple[int, ...], vocab_size: int, device: torch.device, ignore_index: int) -> Tensor:

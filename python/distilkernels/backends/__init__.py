@@ -21,6 +21,8 @@ ORDER = ("cuda", "triton", "cpp", "reference")
 PRIMITIVES = (
     "vocab_stats",
     "vocab_stats_backward",
+    "pair_stats",
+    "pair_stats_backward",
     "gather_dot",
     "gather_dot_hidden_grad",
     "gather_dot_weight_grad",

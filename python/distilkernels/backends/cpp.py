@@ -16,8 +16,8 @@ _OUTPUTS = (
     "lse", "gathered", "tail_lse", "expected_logit", "logit_sum", "finite_count", "lse_t1", "max", "argmax", "second", "rank", "mass_above",
 )  # fmt: skip
 _SERVED = (
-    "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad", "topk_select", "draw_rows",
-    "filter_rows", "sample_rows", "weigh_rows",
+    "vocab_stats", "vocab_stats_backward", "pair_stats", "pair_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
+    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows",
 )  # fmt: skip
 _MODES = {"plain": 0, "residual": 1, "gate": 2}
 
@@ -36,6 +36,8 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
             return f"the last stride must be 1; got {t.stride(-1)}"
     if primitive in ("sample_rows", "weigh_rows") and len({t.dtype == torch.float64 for t in tensors}) > 1:
         return f"of two rows that are compared both or none must be float64; got {tensors[0].dtype} and {tensors[1].dtype}"
+    if primitive.startswith("pair_stats") and len({t.dtype == torch.float64 for t in tensors[:2]}) > 1:
+        return f"both sides must be float64 or neither; got {tensors[0].dtype} and {tensors[1].dtype}"
     return None
 
 
@@ -64,6 +66,23 @@ def vocab_stats_backward(
         _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), _ids(ids), 0 if ids is None else entries.data_ptr(),
         ids is not None and entries.dtype == torch.float64, coef.data_ptr(), "constant" in terms or "t1" in terms,
         _head(head, logits.shape[2]), torch.get_num_threads(), out.data_ptr(), _shape(out),
+    )  # fmt: skip
+
+
+def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides, out: Tensor) -> None:
+    if mixture is not None:
+        mixture = mixture.contiguous()
+    _cpp.pair_stats(
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), sides.with_t1, 0 if mixture is None else mixture.data_ptr(),
+        torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+
+
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides, with_mixture: bool, out: Tensor) -> None:
+    coef = coef.contiguous()
+    _cpp.pair_stats_backward(
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), coef.data_ptr(), sides.with_t1, with_mixture,
+        torch.get_num_threads(), out.data_ptr(), _shape(out),
     )  # fmt: skip
 
 
@@ -157,6 +176,11 @@ def _built():
 
 def _shape(t: Tensor) -> tuple[int, ...]:
     return (*t.shape, *t.stride()[:2])
+
+
+def _side(t: Tensor, head, logits: Tensor) -> tuple:
+    """One side of a pair of rows; the columns are the student's."""
+    return _DTYPES[t.dtype], t.data_ptr(), _shape(t), _head(head, logits.shape[2])
 
 
 def _matrix(t: Tensor) -> tuple[int, ...]:

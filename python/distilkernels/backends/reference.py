@@ -10,6 +10,8 @@ from ..primitives.gather_dot import reference_weight_grad as gather_dot_weight_g
 from ..primitives.key_redundancy import reference as key_redundancy
 from ..primitives.kv_align import reference as kv_align
 from ..primitives.kv_gather import reference as kv_gather
+from ..primitives.pair_stats import reference as pair_stats
+from ..primitives.pair_stats import reference_backward as pair_stats_backward
 from ..primitives.recurrence_update import reference as recurrence_update
 from ..primitives.sample_rows import reference as sample_rows
 from ..primitives.sample_rows import reference_mass as weigh_rows
@@ -27,6 +29,8 @@ __all__ = [
     "key_redundancy",
     "kv_align",
     "kv_gather",
+    "pair_stats",
+    "pair_stats_backward",
     "recurrence_update",
     "sample_rows",
     "topk_select",

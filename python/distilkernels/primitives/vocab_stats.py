@@ -391,6 +391,12 @@ def _overlaps(rows: Tensor) -> bool:
     return False
 
 
+def checked_inplace(rows: Tensor) -> None:
+    """ValueError where writing over rows [O, I, V] would write over one through another."""
+    if _overlaps(rows):
+        raise ValueError(f"inplace_backward needs logits whose rows do not share memory; got strides {rows.stride()} for shape {tuple(rows.shape)}")
+
+
 def row_stats(
     logits: Tensor, ids: Tensor | None, want: tuple[str, ...], head: Head, *,
     thresholds: Tensor | None = None, backend: str | None = None, inplace_backward: bool = False, shard: VocabShard | None = None,
@@ -400,8 +406,8 @@ def row_stats(
     if not names:
         return VocabStats()
     rows = rows_of(logits)
-    if inplace_backward and _overlaps(rows):
-        raise ValueError(f"inplace_backward needs logits whose rows do not share memory; got strides {logits.stride()} for shape {tuple(logits.shape)}")
+    if inplace_backward:
+        checked_inplace(rows)
     if shard is not None:
         values = _sharded(rows, ids, thresholds, names, head, backend, inplace_backward, shard)
     elif plain_eager(logits, ids, functorch=True):

@@ -1,0 +1,345 @@
+"""``pair_stats``: what the KL divergences of two whole rows are made of, from one read of both.
+
+z are the student's transformed logits (see :class:`~.head.Head`) and q = softmax(z); t and p = softmax(t) the teacher's. The
+cross terms are sums of differences, Σ p·(t − z) and Σ q·(z − t), not differences of sums: of two close rows the latter lose what
+is asked for. On request also KL(p ‖ m) and KL(q ‖ m) to a mixture m = w·p + (1 − w)·q of each row's own w in (0, 1), from a
+second look at the rows when their lse are known.
+
+The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m:
+
+    dz_v = q_v·(A + B·log q_v + C·log(q_v/p_v)) + D·p_v + E·e^{T·z_v − lse_t1}
+         + F·p_v·r_v + G·q_v·log(q_v/m_v) + H·q_v·r_v
+
+and the exact entry at a label, where one is given.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import resolve
+from .boundary import Once, functorch_refused, plain_eager, rows_of
+from .head import Head
+from .memory import recycled_empty
+from .vocab_stats import gather_logits, row_dtype
+
+# the columns that kernels write, and what of the mixture only the backward reads
+_KERNEL = (
+    "lse", "teacher_lse", "teacher_gap", "student_gap", "expected_logit", "teacher_expected_logit", "lse_t1",
+    "teacher_to_mixture", "student_to_mixture", "teacher_share", "student_share",
+)  # fmt: skip
+
+# Numbers of one block of the reference: a few blocks of float32 in a CPU's cache, or enough to fill a GPU
+_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+
+
+class PairStats(NamedTuple):
+    """Statistics of pairs of rows in nats, all [...]; differentiable in the student's logits.
+
+    ============================ ==============================================================================
+    ``lse``, ``teacher_lse``     log Σ exp z_v and log Σ exp t_v
+    ``teacher_gap``              Σ p_v (t_v − z_v); +inf where p_v > 0 = q_v
+    ``student_gap``              Σ q_v (z_v − t_v); +inf where q_v > 0 = p_v
+    ``expected_logit``           Σ q_v z_v; the student's entropy is lse minus it
+    ``teacher_expected_logit``   Σ p_v t_v
+    ``lse_t1``                   log Σ exp(T·z_v), the student's at temperature 1
+    ``teacher_to_mixture``       KL(p ‖ w·p + (1 − w)·q); 0 where no mixture was asked for, like the next
+    ``student_to_mixture``       KL(q ‖ w·p + (1 − w)·q)
+    ``label_logit``              z at the label; 0 where there is none
+    ============================ ==============================================================================
+    """
+
+    lse: Tensor
+    teacher_lse: Tensor
+    teacher_gap: Tensor
+    student_gap: Tensor
+    expected_logit: Tensor
+    teacher_expected_logit: Tensor
+    lse_t1: Tensor
+    teacher_to_mixture: Tensor
+    student_to_mixture: Tensor
+    label_logit: Tensor
+
+    @property
+    def forward_kl(self) -> Tensor:
+        """KL(p ‖ q)."""
+        return self.teacher_gap - self.teacher_lse + self.lse
+
+    @property
+    def reverse_kl(self) -> Tensor:
+        """KL(q ‖ p)."""
+        return self.student_gap - self.lse + self.teacher_lse
+
+
+class Sides(NamedTuple):
+    """The heads of a pair. They share the temperature, and the student's valid columns; `with_t1` asks for lse_t1 where T ≠ 1."""
+
+    student: Head
+    teacher: Head
+    with_t1: bool = False
+
+
+def row_blocks(n: int, numbers: int, device: torch.device, *inner: int):
+    """Slices of at most `numbers`-wide rows that a block holds; none crosses a multiple of an `inner` row count."""
+    size = max(1, _BLOCK.get(device.type, 2**22) // max(numbers, 1))
+    start = 0
+    while start < n:
+        stop = min([start + size, n] + [(start // i + 1) * i for i in inner if i])
+        yield slice(start, stop)
+        start = stop
+
+
+def rows_at(rows: Tensor, block: slice) -> Tensor:
+    """Rows [n, V] of [O, I, V], a view; the block lies within one of O."""
+    inner = rows.shape[1]
+    outer, first = divmod(block.start, inner)
+    return rows[outer, first : first + block.stop - block.start]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------------------------------------- reference
+
+
+def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
+    """Writes the statistics of logits [O, I, V] and teacher [O', I', V'] into out [N, 11], N = O·I = O'·I'.
+
+    The definition, in fp64 where the logits are, and fp32 otherwise; block by block, so that [N, V] is never made. `mixture` [N].
+    """
+    for block, z, t in _blocks(logits, teacher, sides):
+        lse, teacher_lse = z.logsumexp(-1), t.logsumexp(-1)
+        log_q, log_p = z - lse[:, None], t - teacher_lse[:, None]
+        q, p = log_q.exp(), log_p.exp()
+        gap = t - z
+        values = {
+            "lse": lse,
+            "teacher_lse": teacher_lse,
+            "teacher_gap": _nothing_at_0(p, gap).sum(-1),
+            "student_gap": _nothing_at_0(q, -gap).sum(-1),
+            "expected_logit": _nothing_at_0(q, z).sum(-1),
+            "teacher_expected_logit": _nothing_at_0(p, t).sum(-1),
+            "lse_t1": (z * sides.student.temperature).logsumexp(-1) if sides.with_t1 else lse,
+        }
+        if mixture is None:
+            values |= dict.fromkeys(_KERNEL[7:], torch.zeros_like(lse))
+        else:
+            log_m, share = _mixed(log_p, log_q, mixture[block][:, None])
+            values["teacher_to_mixture"] = _nothing_at_0(p, log_p - log_m).sum(-1)
+            values["student_to_mixture"] = _nothing_at_0(q, log_q - log_m).sum(-1)
+            values["teacher_share"], values["student_share"] = (_nothing_at_0(m, share).sum(-1) for m in (p, q))
+        out[block] = torch.stack([values[name] for name in _KERNEL], -1).to(out.dtype)
+
+
+def _blocks(logits: Tensor, teacher: Tensor, sides: Sides):
+    """(rows, z, t) of one block after another."""
+    columns = sides.student.columns(logits.shape[2])
+    for block in row_blocks(logits.shape[0] * logits.shape[1], columns, logits.device, logits.shape[1], teacher.shape[1]):
+        x, y = (_wide(rows_at(rows, block)[:, :columns]) for rows in (logits, teacher))
+        yield block, sides.student._replace(valid_vocab=None).apply(x), sides.teacher.apply(y)
+
+
+def _nothing_at_0(mass: Tensor, value: Tensor) -> Tensor:
+    """mass·value, 0 where there is no mass."""
+    return torch.where(mass == 0, 0.0, mass * value)
+
+
+def _mixed(log_p: Tensor, log_q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """log m and r = (1 − w)·q/m of m = w·p + (1 − w)·q, w fp64 in (0, 1)."""
+    ours, theirs = log_q + (1 - w).log().to(log_q.dtype), log_p + w.log().to(log_p.dtype)
+    log_m = torch.logaddexp(theirs, ours)
+    return log_m, (ours - log_m).exp()
+
+
+def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
+    """Writes d logits: the formula of the module's page times dz/dx. `out` [O, I, V] may be `logits` itself.
+
+    coef fp64 [N, 12] holds lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, H, w. A row with A = … = H = 0 is written as zeros whatever
+    it holds, and one with C = D = F = G = H = 0 asks nothing of its teacher.
+    """
+    columns = sides.student.columns(logits.shape[2])
+    for block, z, t in _blocks(logits, teacher, sides):
+        # the rows of a contiguous gradient are those of logits, whatever the strides of these
+        target = out.flatten(0, 1)[block] if out.is_contiguous() else rows_at(out, block)
+        target[:, :columns] = gradient(z, t, coef[block].unsqueeze(1), sides, with_mixture)
+        target[:, columns:] = 0
+
+
+def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: bool) -> Tensor:
+    """d x at entries z, t [N, ...] from coef [N, 1, 12] in the dtype of z."""
+    lse, teacher_lse, a, b, c, d, e, lse_t1, f, g, h, w = coef.unbind(-1)
+    alone = (torch.stack([c, d, f, g, h], -1) == 0).all(-1)
+    log_q = (z - lse).to(z.dtype)
+    log_p = torch.where(alone, 0.0, t - teacher_lse).to(z.dtype)
+    q, p = log_q.exp(), log_p.exp()
+    found = _nothing_at_0(q, a + _nothing_at_0(b, log_q) + _nothing_at_0(c, log_q - log_p)) + _nothing_at_0(d, p)
+    if sides.with_t1:
+        found = found + _nothing_at_0(e, (z * sides.student.temperature - lse_t1).exp())
+    if with_mixture:
+        log_m, share = _mixed(log_p, log_q, w)
+        found = found + _nothing_at_0(p, f * share) + _nothing_at_0(q, g * (log_q - log_m) + h * share)
+    found = found * sides.student.chain(z)
+    return torch.where(alone & (torch.stack([a, b, e], -1) == 0).all(-1), 0.0, found)
+
+
+# ---------------------------------------------------------------------------------------------- autograd
+
+
+def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Sides) -> Tensor:
+    """[N, 12] for the backward kernel from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
+    s, g = dict(zip(_KERNEL, stats.unbind(-1))), PairStats(*grads.unbind(-1))
+    zero = torch.zeros_like(g.lse)
+    # q_v·(1 + (z_v − t_v) − student_gap) and q_v·(1 + z_v − expected_logit), with z and t counted from their lse
+    a = g.lse + _nothing_at_0(g.student_gap, 1 + s["lse"] - s["teacher_lse"] - s["student_gap"])
+    a = a + _nothing_at_0(g.expected_logit, 1 + s["lse"] - s["expected_logit"])
+    e = g.lse_t1 * sides.student.temperature
+    if not sides.with_t1:
+        a, e = a + g.lse_t1, zero
+    f, h, to_q, w = zero, zero, zero, zero
+    if mixture is not None:
+        to_p, to_q, w = g.teacher_to_mixture, g.student_to_mixture, mixture
+        # −F·p·r − H·q·r = (w·p + (1 − w)·q)·r = (1 − w)·q where F = −w and H = w − 1, all of it in JSD: that part is taken out,
+        # since in the sums it would have to cancel
+        both = torch.where(to_p * to_q > 0, torch.minimum((to_p / w).abs(), (to_q / (1 - w)).abs()).copysign(to_p), zero)
+        f, h = both * w - to_p, both * (1 - w) - to_q
+        a = a - _nothing_at_0(f, s["teacher_share"]) - _nothing_at_0(h, s["student_share"]) - _nothing_at_0(to_q, s["student_to_mixture"])
+    return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, -g.teacher_gap, e, s["lse_t1"], f, to_q, h, w], -1)
+
+
+def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, sides: Sides, backend: str | None) -> Tensor:
+    """[N, 13] of logits [O, I, V] and teacher [O', I', V']: what kernels write, and z and t at the label."""
+    n = logits.shape[0] * logits.shape[1]
+    out = torch.empty((n, len(_KERNEL)), dtype=row_dtype(logits.device), device=logits.device)
+    if n:
+        resolve("pair_stats", logits, teacher, backend=backend)(logits, teacher, mixture, sides, out)
+    if labels is None:
+        return torch.cat([out, out.new_zeros((n, 2))], -1)
+    # the teacher's row may be narrower than a label that no valid column has
+    known = labels.clamp(max=sides.student.columns(logits.shape[2]) - 1)
+    at = [gather_logits(logits, labels[:, None], sides.student), gather_logits(teacher, known[:, None], sides.teacher)]
+    return torch.cat([out, *(t.to(out.dtype).masked_fill((labels < 0)[:, None], 0) for t in at)], -1)
+
+
+def named(stats: Tensor) -> Tensor:
+    """The fields of :class:`PairStats`, [N, 10], of statistics [N, 13]."""
+    return torch.cat([stats[:, :9], stats[:, 11:12]], -1)
+
+
+def logits_grad(
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, stats: Tensor, grads: Tensor, sides: Sides,
+    backend: str | None, inplace: bool,
+) -> Tensor:  # fmt: skip
+    """d logits [O, I, V] from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
+    coef = coefficients(stats, grads, mixture, sides)
+    out = logits if inplace else recycled_empty(tuple(logits.shape), logits.dtype, logits.device)
+    if logits.numel():
+        resolve("pair_stats_backward", logits, teacher, backend=backend)(logits, teacher, coef, sides, mixture is not None, out)
+    if labels is None:
+        return out
+    # the label's own entry is written whole: added to a rounded q it would keep the rounding of q
+    z, t = stats[:, 11:12], stats[:, 12:13]
+    entry = gradient(z, t, coef.unsqueeze(1), sides, mixture is not None) + grads[:, 9:10] * sides.student.chain(z)
+    columns = sides.student.columns(logits.shape[2])
+    real = (labels >= 0) & (labels < columns) & (z[:, 0] > -math.inf)
+    # rows without a label rewrite what is at column 0
+    index = torch.where(real, labels, 0).view(*logits.shape[:2], 1)
+    entry = torch.where(real.view_as(index), entry.to(out.dtype).view(index.shape), out.gather(2, index))
+    return out.scatter_(2, index, entry)
+
+
+class _PairStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, teacher, labels, mixture, sides, backend, inplace):
+        stats = statistics(logits, teacher, labels, mixture, sides, backend)
+        ctx.save_for_backward(logits, teacher, labels, mixture, stats)
+        ctx.sides, ctx.backend, ctx.inplace = sides, backend, inplace
+        return named(stats)
+
+    @staticmethod
+    def backward(ctx, grads):
+        twice = torch.is_grad_enabled()
+        logits, teacher, labels, mixture, stats = ctx.saved_tensors
+        with torch.no_grad():
+            grad = logits_grad(logits, teacher, labels, mixture, stats, grads, ctx.sides, ctx.backend, ctx.inplace)
+            if ctx.inplace:
+                torch.autograd.graph.increment_version(logits)
+                grad = grad.detach()
+        return Once.apply(grad, logits, "pair_stats") if twice else grad, *(None,) * 6
+
+
+# --------------------------------------------------------------------------------------------- torch.library
+
+
+def _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1) -> Sides:
+    return Sides(Head(temperature, logit_scale, softcap, valid_vocab), Head(temperature, teacher_logit_scale, teacher_softcap), with_t1)
+
+
+def _numbers(sides: Sides) -> tuple:
+    s, t = sides.student, sides.teacher
+    return s.temperature, s.valid_vocab, s.logit_scale, s.softcap, t.logit_scale, t.softcap, sides.with_t1
+
+
+@torch.library.custom_op("distilkernels::pair_stats", mutates_args=())
+def _op(
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, temperature: float, valid_vocab: int | None,
+    logit_scale: float, softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None, with_t1: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1)
+    return statistics(logits, teacher, labels, mixture, sides, backend)
+
+
+@_op.register_fake
+def _(logits, *_):
+    return torch.empty((logits.shape[0] * logits.shape[1], 13), dtype=row_dtype(logits.device), device=logits.device)
+
+
+@torch.library.custom_op("distilkernels::pair_stats_backward", mutates_args=())
+def _op_backward(
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, stats: Tensor, grads: Tensor, temperature: float,
+    valid_vocab: int | None, logit_scale: float, softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None,
+    with_t1: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
+    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1)
+    return logits_grad(logits, teacher, labels, mixture, stats, grads, sides, backend, False)
+
+
+@_op_backward.register_fake
+def _(logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+def _op_setup(ctx, inputs, output):
+    logits, teacher, labels, mixture, *ctx.options = inputs
+    ctx.save_for_backward(logits, teacher, labels, mixture, output)
+
+
+def _op_gradient(ctx, grads):
+    logits, teacher, labels, mixture, stats = ctx.saved_tensors
+    return (_op_backward(logits, teacher, labels, mixture, stats, named(grads), *ctx.options), *(None,) * 11)
+
+
+_op.register_autograd(_op_gradient, setup_context=_op_setup)
+
+
+# --------------------------------------------------------------------------------------------- calls
+
+
+def pair_stats(
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, sides: Sides, *, backend: str | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:  # fmt: skip
+    """The fields of :class:`PairStats`, flat [N, 10] in fp64, of logits [..., V] beside teacher [..., V']; arguments are already checked.
+
+    `labels` int64 [N], −1 where there is none; `mixture` fp64 [N], the w in (0, 1) of each row's m. Differentiable in the logits;
+    `inplace_backward` writes d logits over them.
+    """
+    x, y = rows_of(logits), rows_of(teacher.detach())
+    if plain_eager(logits, teacher):
+        return _PairStats.apply(x, y, labels, mixture, sides, backend, inplace_backward)
+    functorch_refused("pair_stats")
+    return named(_op(x, y, labels, mixture, *_numbers(sides), backend))
