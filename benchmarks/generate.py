@@ -31,7 +31,9 @@ GROUP = ("B", "prompt", "new")
 PROMPT, NEW, GAMMA, MIN_PROB = 32, 64, 8, 0.01
 # as a share of the demo's steps
 TRAINING, QUICK_TRAINING = 0.4, 0.05
-RSD = decoding.ReverseSpeculative(min_prob=MIN_PROB)
+POOL = 20
+# the published setting
+RSD = decoding.ReverseSpeculative(min_prob=MIN_PROB, trials=5, proposer_top_k=POOL, judge_top_k=POOL)
 
 
 @dataclass(frozen=True)
@@ -52,28 +54,32 @@ def trained(share: float, device: str) -> Pair:
 
 
 @torch.no_grad()
-def one_at_a_time(teacher: LlamaForCausalLM, student: LlamaForCausalLM, prompts: Tensor, new: int, min_prob: float) -> tuple[Tensor, float]:
-    """RSD as a loop: every step one token of each request, the teacher's where the student gives it `min_prob`, else the student's.
+def one_at_a_time(teacher: LlamaForCausalLM, student: LlamaForCausalLM, prompts: Tensor, new: int) -> tuple[Tensor, float]:
+    """RSD as a loop: every step one token of each request, the first of the teacher's draws that passes, else the student's.
 
-    Tokens [B, new] and the acceptance rate."""
+    Tokens [B, new] and the share that the teacher wrote. Without a wait for the device: all trials are drawn at once."""
     caches = DynamicCache(), DynamicCache()
     fed, written, kept = prompts, [], []
     for _ in range(new):
-        p, q = (
-            model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].softmax(-1)
-            for model, cache in zip((teacher, student), caches)
+        z_p, z_q = (
+            model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1] for model, cache in zip((teacher, student), caches)
         )
-        proposed = torch.multinomial(p, 1)
-        passes = q.gather(1, proposed) >= min_prob
-        fed = torch.where(passes, proposed, torch.multinomial(q, 1))
+        pool, pool_ids = z_p.topk(POOL)
+        own, own_ids = z_q.topk(POOL)
+        tried = pool_ids.gather(1, torch.multinomial(pool.softmax(-1), RSD.trials, replacement=True))
+        z = z_q.gather(1, tried)
+        passes = (z_q.softmax(-1).gather(1, tried) >= MIN_PROB) & (z >= own[:, -1:])
+        proposed = tried.gather(1, passes.int().argmax(1, keepdim=True))
+        any_passes = passes.any(1, keepdim=True)
+        fed = torch.where(any_passes, proposed, own_ids.gather(1, torch.multinomial(own.softmax(-1), 1)))
         written.append(fed)
-        kept.append(passes)
+        kept.append(any_passes)
     return torch.cat(written, 1), torch.cat(kept, 1).double().mean().item()
 
 
 @dataclass
 class Timed:
-    """A contender and the share of proposals that its last run accepted."""
+    """A contender and, of each run, the share of tokens that the proposer wrote."""
 
     name: str
     peer: str
@@ -97,11 +103,15 @@ def ours(proposer, judge, prompts: Tensor, rule: decoding.Rule, gamma: int, seed
     )  # fmt: skip
 
 
+def _proposed(traces: decoding.Traces) -> float:
+    return (traces.source == decoding.Source.ACCEPTED).double().mean().item()
+
+
 def alone(model: LlamaForCausalLM, prompts: Tensor, seed: int = 0, **options) -> Tensor:
     """transformers' own ``generate``; an end of file does not end the text."""
     torch.manual_seed(seed)
     mask = torch.ones_like(prompts)
-    written = model.generate(prompts, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, use_cache=True, top_k=0, **options)
+    written = model.generate(prompts, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0, **options)
     return written[:, prompts.shape[1] :]
 
 
@@ -137,29 +147,29 @@ def contenders(pair: Pair, prompts: Tensor) -> list[Timed]:
 
     def rsd(gamma: int, seed: int) -> tuple[Tensor, float]:
         traces = ours(pair.teacher, pair.student, prompts, RSD, gamma, seed)
-        return traces.tokens, traces.acceptance_rate
+        return traces.tokens, _proposed(traces)
 
     def looped(seed: int) -> tuple[Tensor, float]:
         torch.manual_seed(seed)
-        return one_at_a_time(pair.teacher, pair.student, prompts, NEW, MIN_PROB)
+        return one_at_a_time(pair.teacher, pair.student, prompts, NEW)
 
     def speculative(rule: decoding.Rule, temperature: float, seed: int) -> tuple[Tensor, float]:
         traces = ours(pair.student, pair.teacher, prompts, rule, GAMMA, seed, temperature)
-        return traces.tokens, traces.acceptance_rate
+        return traces.tokens, _proposed(traces)
 
     teacher, cold = "teacher alone, transformers", "teacher alone, greedy, transformers"
     made = [
         Timed(loop, loop, looped),
         Timed("RSD, γ = 1", loop, functools.partial(rsd, 1)),
         Timed(f"RSD, γ = {GAMMA}", loop, functools.partial(rsd, GAMMA)),
-        Timed(teacher, teacher, lambda seed: (alone(pair.teacher, prompts, seed, do_sample=True), None)),
-        Timed("student alone, transformers", teacher, lambda seed: (alone(pair.student, prompts, seed, do_sample=True), None)),
+        Timed(teacher, teacher, lambda seed: (alone(pair.teacher, prompts, seed, do_sample=True, top_k=0), None)),
+        Timed("student alone, transformers", teacher, lambda seed: (alone(pair.student, prompts, seed, do_sample=True, top_k=0), None)),
         Timed("speculative sampling", teacher, functools.partial(speculative, decoding.SpeculativeSampling(), 1.0)),
         Timed(cold, cold, lambda seed: (alone(pair.teacher, prompts, do_sample=False), None)),
         Timed("greedy acceptance", cold, functools.partial(speculative, decoding.GreedyAcceptance(), 0.0)),
     ]
     if len(prompts) == 1:
-        made.append(Timed("speculative sampling, transformers", teacher, lambda seed: (assisted(pair, prompts, seed, do_sample=True), None)))
+        made.append(Timed("speculative sampling, transformers", teacher, lambda seed: (assisted(pair, prompts, seed, do_sample=True, top_k=0), None)))
         made.append(Timed("greedy acceptance, transformers", cold, lambda seed: (assisted(pair, prompts, seed, do_sample=False), None)))
     return made
 
@@ -178,6 +188,6 @@ def bench(device: str, repeats: int, quick: bool, progress) -> Iterator[dict]:
             ms = median(times[one.name])
             yield {
                 "B": batch, "prompt": PROMPT, "new": NEW, "contender": one.name, "ms": round(ms, 1), "tokens_per_s": round(batch * NEW / ms * 1e3),
-                "accepted": round(sum(one.accepted) / len(one.accepted), 3) if one.accepted else None,
+                "proposer's": round(sum(one.accepted) / len(one.accepted), 3) if one.accepted else None,
                 "speed-up": round(median(times[one.peer]) / ms, 2), "over": one.peer,
             }  # fmt: skip

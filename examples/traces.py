@@ -27,10 +27,9 @@ GENERATE_BATCH = 32
 BATCH = 4
 PEAK_LR = 5e-4
 MIN_PROB = 0.01
-POOL = 20
-# everybody draws from its 20 most probable tokens, as in RSD's published setting
-SAMPLING = decoding.Sampling(top_k=POOL)
-RSD = decoding.ReverseSpeculative(min_prob=MIN_PROB, trials=5, proposer_top_k=POOL, judge_top_k=POOL)
+TRIALS = 5
+# at temperature 1 and without filters: a filtered model's text is sharper than the files are, and a student of it loses on them
+RSD = decoding.ReverseSpeculative(min_prob=MIN_PROB, trials=TRIALS)
 EVERYTHING = decoding.ReverseSpeculative(min_prob=0.0)
 
 
@@ -75,7 +74,7 @@ def write(kind: Kind, teacher: LlamaForCausalLM, student: LlamaForCausalLM, prom
             part = prompts[first : first + GENERATE_BATCH]
             traces = decoding.generate(
                 proposer, student.eval(), part, None, rule=kind.rule, block_size=BLOCK, max_new_tokens=tokens, eos_token_id=None,
-                seeds=seed + torch.arange(first, first + len(part)), proposer=SAMPLING, judge=SAMPLING,
+                seeds=seed + torch.arange(first, first + len(part)),
                 callback=lambda request, new, sources: bar.update(len(new)),
             )  # fmt: skip
             parts.append((torch.cat([part, traces.tokens], 1), -traces.judge_logprobs, traces.source))
