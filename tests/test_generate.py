@@ -27,6 +27,7 @@ from distilkernels.decoding import (  # noqa: E402
     generate,
     session,
 )
+from distilkernels.decoding.pace import Pace  # noqa: E402
 
 COLD = Sampling(temperature=0)
 RULES = [
@@ -217,7 +218,7 @@ def chi_square_p(counts, law):
     return torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64), statistic / 2).item()
 
 
-@pytest.mark.parametrize("block_size", [1, 8])
+@pytest.mark.parametrize("block_size", [1, 8, "auto"])
 @pytest.mark.parametrize(
     "rule", [SpeculativeSampling(), BlockVerification(), ReverseSpeculative(0.1), ReverseSpeculative(0.1, trials=4, proposer_top_k=4)],
     ids=["speculative", "block", "rsd", "rsd-trials"],
@@ -225,7 +226,7 @@ def chi_square_p(counts, law):
 def test_the_law_does_not_depend_on_the_block_size(rule, block_size):
     judge, proposer = tiny("GPT2LMHeadModel", seed=1, **TOY), tiny("GPT2LMHeadModel", seed=2, **TOY)
     n, length, prompt = 5_000, 3, torch.tensor([[3, 1]])
-    # ten tests at 1e-7 each: a false alarm in a million runs of all of them
+    # fourteen tests at 1e-7 each: a false alarm in 700,000 runs of all of them
     law = joint_law(rule, proposer, judge, prompt, length, 1.3)
     traces = generate(
         proposer, judge, prompt.expand(n, -1), None, rule=rule, block_size=block_size, max_new_tokens=length, seeds=torch.arange(n) + 2**40,
@@ -336,6 +337,45 @@ def test_rejected_slots_are_dropped(pair):
     assert all(mask.all() for mask in seen) and seen[-1].shape[1] <= 5 + 40
 
 
+def test_blocks_that_pay():
+    """``block_size="auto"`` takes the size that brings most tokens for its cost, by brute force over sequences of verdicts."""
+    for ratio, bonus, accepted in ((0.3, False, 0.5), (0.3, False, 0.8), (0.3, False, 0.95), (5.0, True, 0.4), (5.0, True, 0.9), (0.1, False, 1.0)):
+        block = Pace(ratio, bonus)
+        block.kept, block.judged = accepted * 100, 100.0
+        ends = [accepted**i * (1 - accepted) for i in range(Pace.most)]  # the first rejection is at i
+        rate = {
+            g: (sum((i + 1) * ends[i] for i in range(g)) + (g + bonus) * accepted**g) / (g + ratio) for g in range(1, Pace.most + 1)
+        }  # fmt: skip
+        assert rate[block.size()] == pytest.approx(max(rate.values()), rel=1e-12)
+        # a second proposal pays where a > 1 / (1 + r)
+        assert bonus or (block.size() > 1) == (accepted > 1 / (1 + ratio))
+    seen = Pace(1.0, False)
+    seen.saw(3, 8)
+    seen.saw(8, 8)
+    assert (seen.kept, seen.judged) == (4 + 11, 5 + 4 + 8)
+
+
+def test_auto_blocks_follow_each_requests_own_acceptance(pair):
+    """Long where all is kept, single where nothing is; a request alone is the request in the batch."""
+    proposer, judge = pair
+    ids, mask = prompts()
+    seen = []
+    hook = judge.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    # the first and the last request take everything, the others nothing
+    rule = ReverseSpeculative(min_prob=torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+    kw = dict(max_new_tokens=60, eos_token_id=None, block_size="auto")
+    together = generate(proposer, judge, ids, mask, rule=rule, seeds=torch.arange(5), **kw)
+    widths, seen[:] = list(seen), []
+    for b in (0, 2):
+        alone = generate(proposer, judge, ids[b : b + 1], mask[b : b + 1], rule=ReverseSpeculative(float(rule.min_prob[b])), seeds=b, **kw)
+        assert tokens_of(alone)[0] == tokens_of(together)[b]
+        lengths, seen[:] = list(seen[1:]), []  # without the prompt
+        # a read takes the last token and all proposals but one; the last block is cut
+        assert lengths[:-1] == sorted(lengths[:-1]) and max(lengths) > 8 if b == 0 else lengths[-40:] == [1] * 40
+    hook.remove()
+    assert max(widths[1:]) > 8 and widths[-1] == 1
+
+
 def test_callback_and_progress(pair, capsys):
     ids, mask = prompts()
     seen = {b: ([], []) for b in range(5)}
@@ -429,7 +469,7 @@ def test_errors_name_the_argument(pair):
     refused(ValueError, r"proposer_attention_mask needs proposer_input_ids", proposer_attention_mask=mask)
     refused(TypeError, r"rule must be one of distilkernels.decoding's rules.*got str", rule="rsd")
     refused(ValueError, r"rule must be given where no gate decides", rule=None)
-    refused(ValueError, r"block_size must be an int of at least 1; got 0", block_size=0)
+    refused(ValueError, r'block_size must be an int of at least 1 or "auto"; got 0', block_size=0)
     refused(ValueError, r"max_new_tokens must be an int or have one entry a request, 5; got 2", max_new_tokens=[1, 2])
     refused(ValueError, r"max_new_tokens must be at least 1, ints; got 0", max_new_tokens=0)
     refused(ValueError, r"eos_token_id must be a token id, several, or None; got \[-1\]", eos_token_id=[-1])

@@ -301,6 +301,8 @@ def test_rules_that_need_the_proposers_law_are_refused(pair):
             generate(Scripted(), pair[1], ids, mask, rule=rule, **kw)
     with pytest.raises(ValueError, match="DivergenceSwitch compares the models' rows, which a server does not send"):
         generate(Scripted(), pair[1], ids, mask, rule=None, gate=DivergenceSwitch(2.0), **kw)
+    with pytest.raises(ValueError, match='block_size must be an int where the proposer is a server, whose cost is not known; got "auto"'):
+        generate(Scripted(), pair[1], ids, mask, rule=ReverseSpeculative(), block_size="auto", **kw)
     for options, message in ((dict(url="ftp://x"), "url must start with http"), (dict(retries=-1), "retries must be at least 0; got -1")):
         with pytest.raises(ValueError, match=message):
             CompletionsProposer(**(dict(url="http://x", model="m") | options))

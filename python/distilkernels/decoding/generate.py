@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..primitives.philox import Stream, checked_per_row
 from ..primitives.sample_rows import coin
 from .gates import Gate
+from .pace import Pace, cost_ratio
 from .remote import RemoteProposer, RemoteSession
 from .rounds import Request, Rounds
 from .rules import Rule
@@ -31,7 +32,7 @@ from .verify import Source
 @torch.no_grad()
 def generate(
     proposer_model: nn.Module | RemoteProposer, judge_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, *, rule: Rule | None,
-    block_size: int = 8, max_new_tokens: int | Sequence[int] | Tensor, seeds: int | Tensor, gate: Gate | None = None,
+    block_size: int | str = 8, max_new_tokens: int | Sequence[int] | Tensor, seeds: int | Tensor, gate: Gate | None = None,
     eos_token_id: int | Sequence[int] | None, pad_token_id: int | None = None, proposer: Sampling | None = None, judge: Sampling | None = None,
     proposer_input_ids: Tensor | None = None, proposer_attention_mask: Tensor | None = None, valid_vocab: int | None = None,
     callback: Callable[[int, list[int], list[int]], None] | None = None, progress: bool = False, backend: str | None = None,
@@ -44,7 +45,8 @@ def generate(
             run) are refused. The proposer may be a :class:`~.remote.RemoteProposer`, for rules that read the judge alone.
         input_ids, attention_mask: int64 [B, T], left-padded prompts of the judge; None: no padding.
         rule: one of :mod:`.rules`; its tensors, and those of the samplings, have one entry a request. None: a `gate` decides alone.
-        block_size: proposals a round, γ.
+        block_size: proposals a round, γ. "auto": as many as pay for themselves, at most 16, from the models' sizes and the request's own
+            acceptance so far (:class:`.pace.Pace`); the proposer must be local.
         max_new_tokens: an int, or one for each request.
         seeds: 64 bits each: an int, shared by all requests (equal prompts then get equal traces), or int64 [B]. A request's tokens depend
             on its prompt, seed and settings, not on the batch around it, up to the models' own rounding.
@@ -77,34 +79,41 @@ def generate(
         raise TypeError(f"rule must be one of distilkernels.decoding's rules or a subclass of Rule; got {type(rule).__name__}")
     if rule is None and gate is None:
         raise ValueError("rule must be given where no gate decides who writes; got None")
-    if isinstance(block_size, bool) or not isinstance(block_size, numbers.Integral) or block_size < 1:
-        raise ValueError(f"block_size must be an int of at least 1; got {block_size!r}")
+    adapts, remote = block_size == "auto", hasattr(proposer_model, "propose")
+    if not adapts and (isinstance(block_size, bool) or not isinstance(block_size, numbers.Integral) or block_size < 1):
+        raise ValueError(f'block_size must be an int of at least 1 or "auto"; got {block_size!r}')
+    if adapts and remote:
+        raise ValueError('block_size must be an int where the proposer is a server, whose cost is not known; got "auto"')
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
     if not b:
         return _traces([], pad)
 
     room = max(limits)
     # a round feeds at most two pending tokens and the block; with a gate a model may draft for some requests and read for others
-    per_round = block_size + 2 if gate is None else 2 * (room + 2)
+    per_round = (Pace.most if adapts else block_size) + 2 if gate is None else 2 * (room + 2)
     judging = Session("judge_model", judge_model, ids, mask, room, per_round)
-    if hasattr(proposer_model, "propose"):
+    if remote:
         RemoteSession.checked(rule, gate)
         proposing = RemoteSession(proposer_model, own_ids, own_mask)
     else:
         proposing = Session("proposer_model", proposer_model, own_ids, own_mask, room, per_round)
+    ratio = cost_ratio(proposer_model, judge_model) if adapts else math.nan
     rounds = Rounds(judging, proposing, rule, gate, seeds, proposer, judge, eos, valid_vocab, backend)
 
     def lead(i: int) -> Any:
         return gate.lead(lambda position: coin(seeds[i], torch.tensor(position), torch.tensor(0), int(Stream.GATE)).item())
 
-    requests = [Request(i, limit, None if gate is None else lead(i)) for i, limit in enumerate(limits)]
+    def block() -> int | Pace:
+        return Pace(ratio, rule is not None and rule.bonus is not None) if adapts else block_size
+
+    requests = [Request(i, limit, None if gate is None else lead(i), block()) for i, limit in enumerate(limits)]
     live, bar = requests, _Bar(sum(limits)) if progress else None
     while live:
-        turns = [request.turn(block_size) for request in live]
-        planes, valid = rounds.play(live, turns)
+        turns = [request.turn() for request in live]
+        planes, valid, accepted = rounds.play(live, turns)
         emitted = []
         for i, (request, turn) in enumerate(zip(live, turns)):
-            emitted.append(request.take(turn, planes[:, i], valid[i], eos))
+            emitted.append(request.take(turn, planes[:, i], valid[i], accepted[i], eos))
             sources = [int(s) for s in request.labels[-1][1].tolist()]
             if callback is not None and sources:
                 callback(request.index, emitted[-1], sources)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..primitives.philox import Stream
 from .gates import WRITERS, Gate, Turn
+from .pace import Pace
 from .remote import RemoteSession
 from .rules import Rule
 from .sampling import Sampling
@@ -31,12 +32,12 @@ class _Written(Rule):
 class Request:
     """What is known of a request on the host."""
 
-    def __init__(self, index: int, limit: int, lead: Any):
-        self.index, self.limit, self.lead = index, limit, lead
+    def __init__(self, index: int, limit: int, lead: Any, block: int | Pace):
+        self.index, self.limit, self.lead, self.block = index, limit, lead, block
         self.position, self.finished, self.labels = 0, "", []
         self.stalled: tuple[int, str] | None = None
 
-    def turn(self, block_size: int) -> Turn:
+    def turn(self) -> Turn:
         room = self.limit - self.position
         turn = Turn("rule") if self.lead is None else self.lead.next()
         if turn.writer == "text":
@@ -45,15 +46,22 @@ class Request:
             return Turn("text", min(len(turn.text), room), tuple(turn.text)[:room])
         if turn.writer not in WRITERS:
             raise ValueError(f"writer of a gate's turn must be one of {', '.join((*WRITERS, 'text'))}; got {turn.writer!r}")
-        wanted = block_size if turn.tokens is None else turn.tokens
+        if turn.tokens is not None:
+            wanted = turn.tokens
+        elif isinstance(self.block, Pace):
+            wanted = self.block.size() if turn.writer == "rule" else self.block.most
+        else:
+            wanted = self.block
         if wanted < 1:
             raise ValueError(f"tokens of a gate's turn must be at least 1; got {wanted}")
         if self.stalled == (self.position, turn.writer):
             raise RuntimeError(f"the gate kept nothing of what the {turn.writer} wrote at position {self.position} and asked it again")
         return Turn(turn.writer, min(wanted, room))
 
-    def take(self, turn: Turn, planes: Tensor, valid: bool, eos: list[int]) -> list[int]:
-        """Appends what the round brought, planes [7, G + 1]; the tokens that stay."""
+    def take(self, turn: Turn, planes: Tensor, valid: int, accepted: int, eos: list[int]) -> list[int]:
+        """Appends what the round brought, planes [7, G + 1] and how many proposals were accepted; the tokens that stay."""
+        if turn.writer == "rule" and isinstance(self.block, Pace):
+            self.block.saw(accepted, turn.tokens)
         tokens = [int(t) for t in planes[0].tolist() if t >= 0][: self.limit - self.position]
         ends = [i for i, token in enumerate(tokens) if token in eos]
         tokens = tokens[: ends[0] + 1] if ends else tokens
@@ -93,8 +101,8 @@ class Rounds:
         self.columns = min(c for c in (judging.columns, proposing.columns, valid_vocab) if c is not None)
         self.eos = torch.tensor(eos, dtype=torch.int64, device=judging.device)
 
-    def play(self, live: list[Request], turns: list[Turn]) -> tuple[Tensor, list[bool]]:
-        """One block of every request: (PLANES [7, B, G + 1] on the CPU, whether the rows it needed were sound)."""
+    def play(self, live: list[Request], turns: list[Turn]) -> tuple[Tensor, list[int], list[int]]:
+        """One block of every request: (PLANES [7, B, G + 1] on the CPU, whether the rows it needed were sound, proposals accepted)."""
         device, counts = self.judging.device, [turn.tokens for turn in turns]
         if self.rule is None and any(turn.writer == "rule" for turn in turns):
             raise ValueError(f"rule must be given for {type(self.gate).__name__}, which asks for it; got None")
@@ -144,7 +152,7 @@ class Rounds:
 
     def _judged(
         self, turns: list[Turn], tokens: Tensor, lengths: Tensor, positions: Tensor, proposer_rows: Tensor | None, judge_rows: Tensor, said: Tensor | None
-    ) -> tuple[Tensor, list[bool]]:
+    ) -> tuple[Tensor, list[int], list[int]]:
         """The rule's verdict where it was asked for, labels everywhere; one transfer to the host."""
         device, by_rule = tokens.device, [turn.writer == "rule" for turn in turns]
         given = (tokens, proposer_rows, judge_rows, lengths, self.seeds.to(device), positions, None if said is None else said.to(device))
@@ -161,13 +169,14 @@ class Rounds:
         if self.gate is not None and self.gate.divergence is not None:
             packed[6, :, : tokens.shape[1]] = self.gate.divergence(proposer_rows, judge_rows[:, : tokens.shape[1]]).double()
         packed = packed.cpu()
-        return packed[:-1], packed[-1, :, 0].bool().tolist()
+        valid, accepted = packed[-2:, :, 0].long().tolist()
+        return packed[:-2], valid, accepted
 
     def _verdict(
         self, rule: Rule, proposer: Sampling, judge: Sampling, tokens: Tensor, proposer_rows: Tensor | None, judge_rows: Tensor, lengths: Tensor,
         seeds: Tensor, positions: Tensor, said: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """PLANES and whether the rows were sound, float64 [8, B, G + 1], which holds ids exactly."""
+        """PLANES, whether the rows were sound and proposals accepted, float64 [9, B, G + 1], which holds ids exactly."""
         verdict = verify(
             rule, tokens, proposer_logits=proposer_rows, judge_logits=judge_rows, lengths=lengths, seeds=seeds, positions=positions, proposer=proposer,
             judge=judge, valid_vocab=self.valid_vocab, backend=self.backend,
@@ -180,7 +189,7 @@ class Rounds:
             proposer_logprobs = said.masked_fill(place >= count, math.nan)
         nothing = torch.full_like(emitted, math.nan, dtype=torch.float64)
         planes = (emitted, source, verdict.judge_logprobs, proposer_logprobs, verdict.judge_rank, verdict.judge_entropy, nothing)
-        return torch.stack([plane.double().expand(emitted.shape) for plane in (*planes, verdict.valid[:, None])])
+        return torch.stack([plane.double().expand(emitted.shape) for plane in (*planes, verdict.valid[:, None], count)])
 
     def end(self, emitted: list[list[int]], stay: list[int]) -> None:
         """Rolls both models back to what was emitted and goes on with the requests `stay`."""
