@@ -22,7 +22,6 @@ from . import training
 from .progress import progress
 
 PROMPT = 32
-BLOCK = 8
 GENERATE_BATCH = 32
 BATCH = 4
 PEAK_LR = 5e-4
@@ -73,7 +72,7 @@ def write(kind: Kind, teacher: LlamaForCausalLM, student: LlamaForCausalLM, prom
         for first in range(0, len(prompts), GENERATE_BATCH):
             part = prompts[first : first + GENERATE_BATCH]
             traces = decoding.generate(
-                proposer, student.eval(), part, None, rule=kind.rule, block_size=BLOCK, max_new_tokens=tokens, eos_token_id=None,
+                proposer, student.eval(), part, None, rule=kind.rule, block_size="auto", max_new_tokens=tokens, eos_token_id=None,
                 seeds=seed + torch.arange(first, first + len(part)),
                 callback=lambda request, new, sources: bar.update(len(new)),
             )  # fmt: skip
