@@ -111,14 +111,14 @@ def generate(
     while live:
         turns = [request.turn() for request in live]
         planes, valid, accepted = rounds.play(live, turns)
-        emitted = []
-        for i, (request, turn) in enumerate(zip(live, turns)):
-            emitted.append(request.take(turn, planes[:, i], valid[i], accepted[i], eos))
-            sources = [int(s) for s in request.labels[-1][1].tolist()]
-            if callback is not None and sources:
-                callback(request.index, emitted[-1], sources)
-            if bar is not None:
-                bar.add(sources)
+        emitted = [request.take(*brought, eos) for request, *brought in zip(live, turns, planes.unbind(1), planes[0].long().tolist(), valid, accepted)]
+        if callback is not None or bar is not None:
+            for request, tokens in zip(live, emitted):
+                sources = request.labels[-1][1].long().tolist()
+                if callback is not None and sources:
+                    callback(request.index, tokens, sources)
+                if bar is not None:
+                    bar.add(sources)
         stay = [i for i, request in enumerate(live) if not request.finished]
         rounds.end(emitted, stay)
         live = [live[i] for i in stay]

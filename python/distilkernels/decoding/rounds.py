@@ -58,11 +58,11 @@ class Request:
             raise RuntimeError(f"the gate kept nothing of what the {turn.writer} wrote at position {self.position} and asked it again")
         return Turn(turn.writer, min(wanted, room))
 
-    def take(self, turn: Turn, planes: Tensor, valid: int, accepted: int, eos: list[int]) -> list[int]:
-        """Appends what the round brought, planes [7, G + 1] and how many proposals were accepted; the tokens that stay."""
+    def take(self, turn: Turn, planes: Tensor, tokens: list[int], valid: int, accepted: int, eos: list[int]) -> list[int]:
+        """Appends what the round brought, planes [7, G + 1] whose first is `tokens`, and how many proposals were accepted; what stays."""
         if turn.writer == "rule" and isinstance(self.block, Pace):
             self.block.saw(accepted, turn.tokens)
-        tokens = [int(t) for t in planes[0].tolist() if t >= 0][: self.limit - self.position]
+        tokens = [token for token in tokens if token >= 0][: self.limit - self.position]
         ends = [i for i, token in enumerate(tokens) if token in eos]
         tokens = tokens[: ends[0] + 1] if ends else tokens
         kept = len(tokens)

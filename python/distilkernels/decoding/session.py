@@ -104,8 +104,9 @@ class Session:
             logits = self._forward(tokens, real, 1)[:, 0]
             if i == 0:
                 self._started(members, [count - 1 for count in counts], self.slots)
-                rows = logits.new_empty(logits.shape[0], width, logits.shape[1])
-            rows[:, i] = logits
+                rows = logits[:, None] if width == 1 else logits.new_empty(logits.shape[0], width, logits.shape[1])
+            if width > 1:
+                rows[:, i] = logits
             token, _ = sample(
                 logits, seeds=seeds, positions=positions, offsets=torch.full_like(positions, i), sampling=draw.sampling, stream=draw.stream,
                 valid_vocab=draw.columns if draw.columns < self.columns else None, backend=draw.backend,
