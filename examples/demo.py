@@ -324,7 +324,9 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
         f"{len(data.prompts)} prompts of {traces.PROMPT} tokens from the held-out files (other windows than those of the evaluation), continued by\n"
         f"who is named; RSD: the teacher proposes, the student accepts what it gives {traces.MIN_PROB:.0%}, {traces.TRIALS} trials. "
         f"Surprisal: mean nats a token\nunder the labels-only student; below {traces.MIN_PROB:.0%}: the share of tokens that it gives less; "
-        f"proposer's: the share that the proposer wrote.\nHeld-out loss and gain: that student after {steps.trace} more steps on those traces."
+        f"proposer's: the share that the proposer wrote.\nHeld-out loss and gain: that student after {steps.trace} more steps on those traces. "
+        "RSD's text is more probable than the files are, so a student\nof it grows too sure of itself for them: RSD is for reasoning, where "
+        "traces are kept by their answers (decoding.rsd_filter)."
     )
     print(f"\n{report.table(rows[1 : 1 + len(STUDENTS)], report.COST)}")
     print(

@@ -20,12 +20,17 @@ def test_a_short_demo(tmp_path):
     command = [sys.executable, "-m", "examples.demo", "--steps-scale", "0.02", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for word in ("teacher", "labels only", "forward KL", "reverse KL", "held-out loss", "agreement"):
+    for word in ("teacher", "labels only", "forward KL", "reverse KL", "held-out loss", "agreement", "surprisal"):
         assert word in done.stdout
     # the fourth student repeats the second from the store: the same run up to the rounding of its log-probs
     with (tmp_path / "results.csv").open() as file:
-        loss = {row["model"]: float(row["loss"]) for row in csv.DictReader(file)}
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    loss = {name: float(row["loss"]) for name, row in rows.items()}
     assert abs(loss["forward KL, stored"] - loss["forward KL"]) < 2e-3 < abs(loss["forward KL"] - loss["reverse KL"])
+    # what the student accepts surprises it least, and who wrote is whom the kind names, or both
+    traces = {kind: rows[f"+ {kind} traces"] for kind in ("teacher", "RSD", "student")}
+    assert float(traces["RSD"]["surprisal"]) < min(float(traces[kind]["surprisal"]) for kind in ("teacher", "student"))
+    assert [float(row["acceptance"]) == 1 for row in traces.values()] == [True, False, True]
     assert 2.5 * 32 < float(re.search(r"From the store, ([0-9.]+) bytes a token", done.stdout)[1]) < 3.5 * 32 + 16
     names = {p.suffix for p in tmp_path.iterdir()}
     assert ".png" in names and names & {".csv", ".json"}
