@@ -27,10 +27,9 @@ def test_a_short_demo(tmp_path):
         rows = {row["model"]: row for row in csv.DictReader(file)}
     loss = {name: float(row["loss"]) for name, row in rows.items()}
     assert abs(loss["forward KL, stored"] - loss["forward KL"]) < 2e-3 < abs(loss["forward KL"] - loss["reverse KL"])
-    # what the student accepts surprises it least, and who wrote is whom the kind names, or both
-    traces = {kind: rows[f"+ {kind} traces"] for kind in ("teacher", "RSD", "student")}
-    assert float(traces["RSD"]["surprisal"]) < min(float(traces[kind]["surprisal"]) for kind in ("teacher", "student"))
-    assert [float(row["acceptance"]) == 1 for row in traces.values()] == [True, False, True]
+    # the teacher and the student write alone; RSD's text is both models'
+    shares = [float(rows[f"+ {kind} traces"]["acceptance"]) for kind in ("teacher", "RSD", "student")]
+    assert shares[0] == shares[2] == 1 > shares[1] >= 0
     assert 2.5 * 32 < float(re.search(r"From the store, ([0-9.]+) bytes a token", done.stdout)[1]) < 3.5 * 32 + 16
     names = {p.suffix for p in tmp_path.iterdir()}
     assert ".png" in names and names & {".csv", ".json"}
