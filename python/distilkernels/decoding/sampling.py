@@ -68,7 +68,7 @@ class Sampling:
         if top_k is None:
             return self
         if isinstance(self.top_k, Tensor):
-            top_k = self.top_k.clamp(max=torch.as_tensor(top_k, device=self.top_k.device))
+            top_k = self.top_k.clamp(max=top_k.to(self.top_k.device) if isinstance(top_k, Tensor) else top_k)
         elif self.top_k is not None:
             top_k = top_k.clamp(max=self.top_k) if isinstance(top_k, Tensor) else min(self.top_k, top_k)
         return Sampling(self.temperature, top_k, self.top_p, self.min_p)
