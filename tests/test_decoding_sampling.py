@@ -129,6 +129,8 @@ def test_sample_dtypes_and_empties():
         (ValueError, "p of TopPAcceptance must be at least 0", lambda: dk.TopPAcceptance(-1)),
         (ValueError, "epsilon of TypicalAcceptance", lambda: dk.TypicalAcceptance(epsilon=2)),
         (ValueError, "fallback of ThresholdAcceptance must be 'draw' or 'argmax'; got 'none'", lambda: dk.ThresholdAcceptance(fallback="none")),
+        (ValueError, "fallback of TypicalAcceptance must be 'draw' or 'argmax'; got 'residual'", lambda: dk.TypicalAcceptance(fallback="residual")),
+        (ValueError, "fallback of ThresholdAcceptance must be 'draw' or 'argmax'; got 'retry'", lambda: dk.ThresholdAcceptance(fallback="retry")),
         (ValueError, "bonus of GreedyAcceptance must be None, 'draw' or 'argmax'; got 'all'", lambda: dk.GreedyAcceptance(bonus="all")),
     ],
 )
@@ -217,8 +219,10 @@ def test_combine_masks():
         (r"logits_list\[1\] must have the token shape", ([torch.zeros(2, 3), torch.zeros(3, 3)], [1, 1])),
         ("plausibility must be in", ([torch.zeros(2)], [1.0], 0.0)),
         ("plausibility must be in", ([torch.zeros(2)], [1.0], 1.5)),
+        ("plausibility must be a number or None; got str", ([torch.zeros(2)], [1.0], "high")),
+        (r"weights\[1\] must be a number or a tensor; got str", ([torch.zeros(2), torch.zeros(2)], [1.0, "half"])),
     ],
 )
 def test_combine_arguments_are_checked(words, arguments):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         dk.combine(*arguments)

@@ -470,6 +470,13 @@ def test_nothing_waits_for_the_device(monkeypatch, rule):
     assert traffic.seen == ["lift_fresh", "index", "_local_scalar_dense"]
 
 
+def test_a_masked_token_has_no_rank_to_be_accepted_by():
+    rows = torch.tensor([0.0, 1.0, -INF, -INF]).view(1, 1, -1)
+    for token, accepted in ((0, 1), (1, 1), (2, 0), (3, 0)):
+        verdict = dk.verify(dk.TopKAcceptance(3), torch.tensor([[token]]), judge_logits=rows, seeds=1, positions=torch.zeros(1, dtype=torch.int64))
+        assert int(verdict.num_accepted) == accepted
+
+
 @pytest.mark.parametrize("probability", [0.3, 0.1, 0.7])
 def test_a_rules_number_is_not_rounded(probability):
     """Q(x) is a little less than min_prob in float64 and more than min_prob in float32, or the other way round."""

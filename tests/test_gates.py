@@ -334,6 +334,17 @@ class _Refusing:
         return 0
 
 
+class _InTurns(_Refusing):
+    """Refuses both models, one after the other."""
+
+    def __init__(self):
+        self.turns = 0
+
+    def next(self):
+        self.turns += 1
+        return Turn(("judge", "proposer")[self.turns % 2], 2)
+
+
 class _Silent(_Refusing):
     def next(self):
         return Turn(self.writer, self.tokens)
@@ -345,6 +356,8 @@ def test_errors(pair):
     def run(gate, **options):
         return generate(*pair, ids, mask, **(dict(rule=None, gate=gate, max_new_tokens=9, seeds=0, eos_token_id=None) | options))
 
+    with pytest.raises(RuntimeError, match="kept nothing of what the proposer wrote at position 0 and asked it again"):
+        run(_InTurns())
     with pytest.raises(RuntimeError, match="kept nothing of what the judge wrote at position 0 and asked it again"):
         run(_Refusing())
     for writer, tokens, message in (

@@ -176,6 +176,11 @@ def combine(logits_list: Sequence[Tensor], weights: Sequence[float | Tensor], pl
         checked_logits(z, f"logits_list[{i}]")
         if z.shape[:-1] != logits_list[0].shape[:-1]:
             raise ValueError(f"logits_list[{i}] must have the token shape {tuple(logits_list[0].shape[:-1])}; got {tuple(z.shape[:-1])}")
+    for i, w in enumerate(weights):
+        if not isinstance(w, (numbers.Real, Tensor)):
+            raise TypeError(f"weights[{i}] must be a number or a tensor; got {type(w).__name__}")
+    if plausibility is not None and not isinstance(plausibility, numbers.Real):
+        raise TypeError(f"plausibility must be a number or None; got {type(plausibility).__name__}")
     if plausibility is not None and not 0 < plausibility <= 1:
         raise ValueError(f"plausibility must be in (0, 1]; got {plausibility}")
     columns = min(z.shape[-1] for z in logits_list)
