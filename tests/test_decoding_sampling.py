@@ -94,6 +94,13 @@ def test_sample_streams_offsets_and_seeds_are_different_noise():
     assert torch.equal(same, dk.sample(rows, seeds=torch.full((500,), -5), positions=at["positions"])[0])
 
 
+def test_limits_do_not_loosen_a_sides_own_top_k():
+    both = torch.tensor([1, 9])
+    for own, limit, least in ((2, 5, 2), (5, 2, 2), (both, 3, [1, 3]), (3, both, [1, 3]), (both, both.flip(0), [1, 1]), (None, 3, 3), (3, None, 3)):
+        top_k = Sampling(0.7, own, 0.9, 0.1).limited(limit).top_k
+        assert (top_k.tolist() if isinstance(top_k, torch.Tensor) else top_k) == least
+
+
 def test_sample_dtypes_and_empties():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         tokens, logprobs = dk.sample(torch.randn(4, 9).to(dtype), **places(4), sampling=Sampling(0.8))

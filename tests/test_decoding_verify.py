@@ -268,6 +268,10 @@ def test_a_missing_proposal_is_a_draw_from_the_judge(rule):
         seen = repeated(rule, [q, q], [p], [x])
         draws = {0} if rule.at_rejection == "argmax" else {0, 1}
         assert {s[2] for s in seen} == draws and {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.FALLBACK)}
+    # an id that the proposer lacks, likely as the judge finds it, nor can it be drawn
+    seen = repeated(rule, [[0.3, 0.2, 0.5]] * 2, [p[:2]], [2])
+    draws = {0} if rule.at_rejection == "argmax" else {0, 1}
+    assert {s[2] for s in seen} == draws and {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.FALLBACK)}
     # the proposer's row is not asked for
     assert {s[0] for s in repeated(rule, [q, q], [[NAN] * 3], [-1])} == {True}
 
@@ -279,6 +283,8 @@ def test_length_zero(rule):
     seen = repeated(rule, q, [[NAN, 1.0]] * 2, [0, 0], lengths=torch.zeros(400, dtype=torch.int64))
     if rule.bonus is None:
         assert set(seen) == {(True, 0, -1, Source.NONE)}
+        # nor is the row of a bonus that is not drawn
+        assert set(repeated(rule, q[1:], [[NAN, 1.0]], [0], lengths=torch.zeros(400, dtype=torch.int64))) == {(True, 0, -1, Source.NONE)}
     else:
         assert {s[2] for s in seen} == ({0} if rule.bonus == "argmax" else {0, 1})
         assert {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.BONUS)}

@@ -93,6 +93,13 @@ def test_delimiters_of_several_tokens_and_of_ids():
     assert SentenceLead(1, delimiters=(7,)).lead(lambda position: 0.9).next() == Turn("proposer", 1)
 
 
+def test_a_bonus_behind_the_lead_is_taken_back():
+    lead = SentenceLead(2, delimiters=[9], leader="rule").lead(lambda position: 0.0)
+    assert lead.next() == Turn("rule", 2) and lead.wrote([1, 2, 3], [math.nan] * 3) == 2
+    assert lead.next() == Turn("judge") and lead.wrote([4, 9, 5], [math.nan] * 3) == 2
+    assert lead.next() == Turn("rule", 2)
+
+
 def test_probability_zero_never_leads():
     lead = SentenceLead(2, probability=0, delimiters=(1,)).lead(lambda position: 2.0**-53)
     assert lead.next() == Turn("judge") and lead.wrote([1], [math.nan]) == 1 and lead.next() == Turn("judge")

@@ -248,7 +248,7 @@ def test_waits_double_up_to_a_bound(pair, monkeypatch):
         (b'{"choices": [{"token_ids": [null], "logprobs": {"tokens": ["a"], "token_logprobs": [-1]}}]}', r"must answer choices\[0\].logprobs"),
         (b'{"choices": [{"logprobs": {"tokens": ["token_id:99999999999999999999"], "token_logprobs": [-1]}}]}', r"must answer token ids in \[0, 2³¹\)"),
         (b'{"choices": [{"token_ids": [-1], "logprobs": {"tokens": ["a"], "token_logprobs": [-1]}}]}', r"must answer token ids in"),
-        (b'{"choices": [{"logprobs": {"tokens": [3], "token_logprobs": [-1]}}]}', "answers with token texts such as '3': give CompletionsProposer the tokenizer"),
+        (b'{"choices": [{"logprobs": {"tokens": [3], "token_logprobs": [-1]}}]}', "answers with token texts such as '3': give CompletionsProposer"),
     ],
 )
 def test_answers_that_are_none(answer, message, pair):
