@@ -177,7 +177,7 @@ def accepts(request: _Request, i: int) -> bool:
     if isinstance(rule, dk.ReverseSpeculative):
         return bool(passing(request, i)[x])
     if isinstance(rule, dk.TopKAcceptance):
-        return bool((raw > raw[x]).sum() < _of(rule.k, b))
+        return bool((raw > raw[x]).sum() < _of(rule.k, b) and raw[x] > -np.inf)
     if isinstance(rule, dk.TopPAcceptance):
         p = _of(rule.p, b)
         return p >= 1 or request.below(q[q > q[x]].sum(), p)

@@ -263,10 +263,10 @@ def test_mutant_top_p_of_the_whole_row(monkeypatch, name):
 def ties(rank=dk.TopKAcceptance, mass=dk.TopPAcceptance, reverse=dk.ReverseSpeculative, threshold=dk.ThresholdAcceptance, typical=dk.TypicalAcceptance):
     """Whether every rule decides its ties as defined: rank < k, mass above < p, Q ≥ min_prob, Q > min(ε, …)."""
 
-    def accepted(rule, logits, token):
+    def accepted(rule, logits, token, judge=None):
         x, at = torch.tensor(logits, dtype=torch.float64).view(1, 1, -1), torch.zeros(1, dtype=torch.int64)
         more = {"proposer_logits": x} if rule.needs_proposer else {}
-        return bool(dk.verify(rule, torch.tensor([[token]]), judge_logits=x, seeds=1, positions=at, backend="reference", **more).num_accepted)
+        return bool(dk.verify(rule, torch.tensor([[token]]), judge_logits=x, seeds=1, positions=at, judge=judge, backend="reference", **more).num_accepted)
 
     halves = [0.0, 0.0]
     quarters = [0.0, math.log(0.5), math.log(0.5)]  # Q = ½, ¼, ¼ exactly
@@ -275,6 +275,8 @@ def ties(rank=dk.TopKAcceptance, mass=dk.TopPAcceptance, reverse=dk.ReverseSpecu
         and [accepted(rank(2), [3.0, 2.0, 2.0, 1.0], v) for v in range(4)] == [True, True, True, False]
         and [accepted(mass(0.5), quarters, v) for v in range(3)] == [True, False, False]
         and [accepted(mass(0.0), quarters, v) for v in range(3)] == [False, False, False]
+        # at temperature 0 all mass is above the equals of the argmax
+        and [accepted(mass(0.5), halves, v, Sampling(0.0)) for v in range(2)] == [True, False]
         and all(accepted(reverse(0.5), halves, v) for v in range(2))
         and all(accepted(reverse(0.25, trials=2), quarters, v) for v in range(3))
         and all(accepted(threshold(0.5), halves, v) for v in range(2))
@@ -312,6 +314,16 @@ def test_heavy_tails_of_a_draw(backend, device):
     torch.testing.assert_close(logprobs.cpu().double(), tails.log()[tokens.cpu()], rtol=0, atol=2e-6)
     for v, seen in enumerate(tokens.cpu().bincount(minlength=7).tolist()):
         assert binomial_p(seen, draws, float(tails[v])) > ALPHA
+
+
+def test_a_tail_of_many_small_weights():
+    """A tenth of the mass, on a million columns none of which has a millionth of it."""
+    v, draws = 1_519_360, 200
+    row = torch.full((v,), math.log(0.1 / (v - 1)))
+    row[70_000] = math.log(0.9)
+    tokens, _ = dk.sample(row.expand(draws, -1), seeds=torch.arange(draws), positions=torch.zeros(draws, dtype=torch.int64), backend="cpp")
+    assert binomial_p(int((tokens != 70_000).sum()), draws, 0.1) > ALPHA
+
 
 
 @BACKENDS

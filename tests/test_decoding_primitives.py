@@ -139,6 +139,29 @@ def test_filter_boundary_ties_are_kept(backend, device):
         assert kept.equal((x.float().cpu() >= kth[:, None]).sum(-1))
 
 
+@pytest.mark.parametrize("backend,device", servers("filter_rows"))
+def test_filters_that_leave_almost_all_or_drop_almost_nothing(backend, device):
+    """All columns but one; the nucleus of a row whose columns are equal, which is all of it however small top_p is."""
+    descending = torch.arange(131, 0, -1).float().to(device) / 16
+    rows = torch.stack([descending, descending.flip(0), torch.full_like(descending, 3.0), torch.full_like(descending, -1e4)])
+    one, zero = (torch.full((4,), v, dtype=torch.float64, device=device) for v in (1, 0))
+    top_p = torch.tensor([1, 1, 0.01, 1e-12], dtype=torch.float64, device=device)
+    law = filtered(rows_of(rows), 131, Filters(one, torch.tensor([130, 129, 0, 0], device=device), top_p, zero), backend)
+    assert (rows >= law.bar[:, None]).sum(-1).tolist() == [130, 129, 131, 131]
+    torch.testing.assert_close(law.entropy[2:].cpu(), torch.full((2,), math.log(131), dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_bar_of_a_probability_is_the_least_logit_that_has_it():
+    g = torch.Generator().manual_seed(3)
+    temperature = 0.3 + torch.rand(200, generator=g, dtype=torch.float64)
+    off = torch.zeros_like(temperature)
+    law = filtered(torch.randn(200, 1, 31, generator=g) * 3, 31, Filters(temperature, off.long(), off + 1, off), "reference")
+    bar = law.bar_of(0.03)
+    assert bar.dtype == torch.float32
+    for x, reached in ((bar, True), (torch.nextafter(bar, torch.tensor(-INF)), False)):
+        assert ((x.double() / temperature - law.lse >= math.log(0.03)) == reached).all()
+
+
 def test_mutants_of_filters(monkeypatch):
     """≤ for < in top_k, and bounds that are a little off, must fail the contract."""
     honest = backends.module("reference").filter_rows
@@ -364,6 +387,22 @@ def test_equal_uniforms_go_to_the_lowest_id(backend, device):
     u = uniforms_at(Noise(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in noise_for(40, device))), 4097)
     warm = torch.arange(40) % 5 != 4
     assert token[warm].equal((u == u.amin(-1, keepdim=True)).int().argmax(-1)[warm]) and token[~warm].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_weight_too_small_for_float32_is_drawn_where_there_is_no_other(backend):
+    one, zero, row = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+
+    def operand(*logits):
+        x = torch.tensor(logits).view(1, 1, -1)
+        return Operand(x, row, filtered(x, x.shape[2], Filters(one, row, one, zero), backend))
+
+    gate = operand(-5.0, 2.0, -5.0)
+    gate = gate._replace(law=gate.law._replace(bar=torch.tensor([1.0])))
+    noise = Noise(row, row, row, 3)
+    found = drawn(operand(0.0, -150.0, -1.0), noise, 3, second=gate, mode="gate", backend=backend)
+    assert (found.token.item(), found.value.item(), found.rank.item()) == (1, 2.0, 0)
+
 
 
 @pytest.mark.parametrize("backend,device", servers("sample_rows"))

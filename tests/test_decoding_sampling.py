@@ -94,6 +94,13 @@ def test_sample_streams_offsets_and_seeds_are_different_noise():
     assert torch.equal(same, dk.sample(rows, seeds=torch.full((500,), -5), positions=at["positions"])[0])
 
 
+def test_limits_do_not_loosen_a_sides_own_top_k():
+    both = torch.tensor([1, 9])
+    for own, limit, least in ((2, 5, 2), (5, 2, 2), (both, 3, [1, 3]), (3, both, [1, 3]), (both, both.flip(0), [1, 1]), (None, 3, 3), (3, None, 3)):
+        top_k = Sampling(0.7, own, 0.9, 0.1).limited(limit).top_k
+        assert (top_k.tolist() if isinstance(top_k, torch.Tensor) else top_k) == least
+
+
 def test_sample_dtypes_and_empties():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         tokens, logprobs = dk.sample(torch.randn(4, 9).to(dtype), **places(4), sampling=Sampling(0.8))
@@ -129,6 +136,8 @@ def test_sample_dtypes_and_empties():
         (ValueError, "p of TopPAcceptance must be at least 0", lambda: dk.TopPAcceptance(-1)),
         (ValueError, "epsilon of TypicalAcceptance", lambda: dk.TypicalAcceptance(epsilon=2)),
         (ValueError, "fallback of ThresholdAcceptance must be 'draw' or 'argmax'; got 'none'", lambda: dk.ThresholdAcceptance(fallback="none")),
+        (ValueError, "fallback of TypicalAcceptance must be 'draw' or 'argmax'; got 'residual'", lambda: dk.TypicalAcceptance(fallback="residual")),
+        (ValueError, "fallback of ThresholdAcceptance must be 'draw' or 'argmax'; got 'retry'", lambda: dk.ThresholdAcceptance(fallback="retry")),
         (ValueError, "bonus of GreedyAcceptance must be None, 'draw' or 'argmax'; got 'all'", lambda: dk.GreedyAcceptance(bonus="all")),
     ],
 )
@@ -217,8 +226,10 @@ def test_combine_masks():
         (r"logits_list\[1\] must have the token shape", ([torch.zeros(2, 3), torch.zeros(3, 3)], [1, 1])),
         ("plausibility must be in", ([torch.zeros(2)], [1.0], 0.0)),
         ("plausibility must be in", ([torch.zeros(2)], [1.0], 1.5)),
+        ("plausibility must be a number or None; got str", ([torch.zeros(2)], [1.0], "high")),
+        (r"weights\[1\] must be a number or a tensor; got str", ([torch.zeros(2), torch.zeros(2)], [1.0, "half"])),
     ],
 )
 def test_combine_arguments_are_checked(words, arguments):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         dk.combine(*arguments)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import servers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distilkernels import backends
 from distilkernels import decoding as dk
@@ -267,6 +268,10 @@ def test_a_missing_proposal_is_a_draw_from_the_judge(rule):
         seen = repeated(rule, [q, q], [p], [x])
         draws = {0} if rule.at_rejection == "argmax" else {0, 1}
         assert {s[2] for s in seen} == draws and {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.FALLBACK)}
+    # an id that the proposer lacks, likely as the judge finds it, nor can it be drawn
+    seen = repeated(rule, [[0.3, 0.2, 0.5]] * 2, [p[:2]], [2])
+    draws = {0} if rule.at_rejection == "argmax" else {0, 1}
+    assert {s[2] for s in seen} == draws and {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.FALLBACK)}
     # the proposer's row is not asked for
     assert {s[0] for s in repeated(rule, [q, q], [[NAN] * 3], [-1])} == {True}
 
@@ -278,6 +283,8 @@ def test_length_zero(rule):
     seen = repeated(rule, q, [[NAN, 1.0]] * 2, [0, 0], lengths=torch.zeros(400, dtype=torch.int64))
     if rule.bonus is None:
         assert set(seen) == {(True, 0, -1, Source.NONE)}
+        # nor is the row of a bonus that is not drawn
+        assert set(repeated(rule, q[1:], [[NAN, 1.0]], [0], lengths=torch.zeros(400, dtype=torch.int64))) == {(True, 0, -1, Source.NONE)}
     else:
         assert {s[2] for s in seen} == ({0} if rule.bonus == "argmax" else {0, 1})
         assert {(s[0], s[1], s[3]) for s in seen} == {(True, 0, Source.BONUS)}
@@ -434,3 +441,54 @@ def test_launches_do_not_depend_on_the_block(monkeypatch, rule):
                   positions=torch.arange(b), judge=Sampling(0.7, top_p=0.9), proposer=Sampling(top_k=3), backend="reference")  # fmt: skip
         counts.append(sorted(calls))
     assert counts[0] == counts[1] == counts[2] and 3 <= len(counts[0]) <= 8
+
+
+class HostTraffic(TorchDispatchMode):
+    """The operations that, on a device, would wait for it: a number made a tensor on the host, one read back, a mask turned to indices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        mask = name in ("index", "index_put_") and any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in args[1])
+        if mask or name in ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2"):
+            self.seen.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", EVERY, ids=lambda r: type(r).__name__)
+def test_nothing_waits_for_the_device(monkeypatch, rule):
+    settings = Sampling(torch.tensor([0.7, 1.0, 0.0]), torch.tensor([3, 9, 2]), 0.9, 0.01)
+    # looks at tensors on a CPU alone
+    monkeypatch.setattr(Sampling, "__post_init__", lambda self: None)
+    rows, positions = torch.randn(3, 5, 11), torch.arange(3)
+    with HostTraffic() as traffic:
+        dk.verify(rule, torch.zeros(3, 4, dtype=torch.int64), proposer_logits=rows[:, :4], judge_logits=rows, seeds=2**63, positions=positions, judge=settings,
+                  proposer=settings)  # fmt: skip
+        dk.sample(rows[:, 0], seeds=1, positions=positions, sampling=settings)
+        dk.combine([rows, rows], [1.5, -0.5], plausibility=0.1)
+    assert not traffic.seen
+    with HostTraffic() as traffic:
+        torch.tensor(0.5)
+        rows[rows > 0].amax().item()
+    assert traffic.seen == ["lift_fresh", "index", "_local_scalar_dense"]
+
+
+def test_a_masked_token_has_no_rank_to_be_accepted_by():
+    rows = torch.tensor([0.0, 1.0, -INF, -INF]).view(1, 1, -1)
+    for token, accepted in ((0, 1), (1, 1), (2, 0), (3, 0)):
+        verdict = dk.verify(dk.TopKAcceptance(3), torch.tensor([[token]]), judge_logits=rows, seeds=1, positions=torch.zeros(1, dtype=torch.int64))
+        assert int(verdict.num_accepted) == accepted
+
+
+@pytest.mark.parametrize("probability", [0.3, 0.1, 0.7])
+def test_a_rules_number_is_not_rounded(probability):
+    """Q(x) is a little less than min_prob in float64 and more than min_prob in float32, or the other way round."""
+    nearest = float(torch.tensor(probability))
+    between = (probability + nearest) / 2
+    rows = torch.tensor([between, 1 - between], dtype=torch.float64).log().view(1, 1, -1)
+    block = {"judge_logits": rows, "seeds": 1, "positions": torch.zeros(1, dtype=torch.int64)}
+    for rule in (dk.ReverseSpeculative(probability), dk.ThresholdAcceptance(probability), dk.TypicalAcceptance(probability, 9.0)):
+        assert int(dk.verify(rule, torch.tensor([[0]]), **block).num_accepted) == (between > probability)

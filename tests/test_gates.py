@@ -93,6 +93,13 @@ def test_delimiters_of_several_tokens_and_of_ids():
     assert SentenceLead(1, delimiters=(7,)).lead(lambda position: 0.9).next() == Turn("proposer", 1)
 
 
+def test_a_bonus_behind_the_lead_is_taken_back():
+    lead = SentenceLead(2, delimiters=[9], leader="rule").lead(lambda position: 0.0)
+    assert lead.next() == Turn("rule", 2) and lead.wrote([1, 2, 3], [math.nan] * 3) == 2
+    assert lead.next() == Turn("judge") and lead.wrote([4, 9, 5], [math.nan] * 3) == 2
+    assert lead.next() == Turn("rule", 2)
+
+
 def test_probability_zero_never_leads():
     lead = SentenceLead(2, probability=0, delimiters=(1,)).lead(lambda position: 2.0**-53)
     assert lead.next() == Turn("judge") and lead.wrote([1], [math.nan]) == 1 and lead.next() == Turn("judge")
@@ -334,6 +341,17 @@ class _Refusing:
         return 0
 
 
+class _InTurns(_Refusing):
+    """Refuses both models, one after the other."""
+
+    def __init__(self):
+        self.turns = 0
+
+    def next(self):
+        self.turns += 1
+        return Turn(("judge", "proposer")[self.turns % 2], 2)
+
+
 class _Silent(_Refusing):
     def next(self):
         return Turn(self.writer, self.tokens)
@@ -345,6 +363,8 @@ def test_errors(pair):
     def run(gate, **options):
         return generate(*pair, ids, mask, **(dict(rule=None, gate=gate, max_new_tokens=9, seeds=0, eos_token_id=None) | options))
 
+    with pytest.raises(RuntimeError, match="kept nothing of what the proposer wrote at position 0 and asked it again"):
+        run(_InTurns())
     with pytest.raises(RuntimeError, match="kept nothing of what the judge wrote at position 0 and asked it again"):
         run(_Refusing())
     for writer, tokens, message in (

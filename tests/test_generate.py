@@ -474,6 +474,11 @@ def test_errors_name_the_argument(pair):
     refused(ValueError, r"max_new_tokens must be at least 1, ints; got 0", max_new_tokens=0)
     refused(ValueError, r"eos_token_id must be a token id, several, or None; got \[-1\]", eos_token_id=[-1])
     refused(ValueError, r"seeds must have the token shape \(5,\)", seeds=torch.arange(4))
+    refused(ValueError, r"max_new_tokens must be at least 1, ints; got 3.5", max_new_tokens=3.5)
+    refused(ValueError, r"eos_token_id must be a token id, several, or None; got 3.0", eos_token_id=3.0)
+    refused(TypeError, r"gate must be a Gate or None; got int", gate=3)
+    refused(ValueError, r"the prompts of judge_model must have ids in \[0, 97\), the rows of its embedding", *pair, torch.where(mask == 1, V, ids), mask)
+    refused(ValueError, r"the prompts of proposer_model must have ids in \[0, 53\)", tiny(vocab_size=53), pair[1], ids, mask)
     refused(TypeError, r"proposer must be a Sampling; got float", proposer=0.5)
     quantized = disturbed(pair[1], 0.0)
     quantized.generation_config.cache_implementation = "quantized"

@@ -244,6 +244,11 @@ def test_waits_double_up_to_a_bound(pair, monkeypatch):
         (b'{"choices": []}', r"must answer choices\[0\].logprobs with tokens and token_logprobs; got \{'choices': \[\]\}"),
         (b'{"choices": [{"text": "a", "logprobs": null}]}', r"must answer choices\[0\].logprobs"),
         (b'{"choices": [{"logprobs": {"tokens": ["token_id:3"], "token_logprobs": []}}]}', "one log-probability a token; got 0 for 1 tokens"),
+        (b'{"choices": [{"logprobs": {"tokens": ["token_id:3"], "token_logprobs": ["low"]}}]}', r"must answer choices\[0\].logprobs"),
+        (b'{"choices": [{"token_ids": [null], "logprobs": {"tokens": ["a"], "token_logprobs": [-1]}}]}', r"must answer choices\[0\].logprobs"),
+        (b'{"choices": [{"logprobs": {"tokens": ["token_id:99999999999999999999"], "token_logprobs": [-1]}}]}', r"must answer token ids in \[0, 2³¹\)"),
+        (b'{"choices": [{"token_ids": [-1], "logprobs": {"tokens": ["a"], "token_logprobs": [-1]}}]}', r"must answer token ids in"),
+        (b'{"choices": [{"logprobs": {"tokens": [3], "token_logprobs": [-1]}}]}', "answers with token texts such as '3': give CompletionsProposer"),
     ],
 )
 def test_answers_that_are_none(answer, message, pair):
@@ -282,6 +287,13 @@ def test_a_proposer_of_ones_own(pair):
     assert (traces.proposer_logprobs[:, [1, 3, 4]] == -0.5).all() and traces.proposer_logprobs[:, [0, 2]].isnan().all()
     with pytest.raises(RemoteError, match="propose must return at most 3 tokens and a log-probability for each; got 4 and 4"):
         generate(Scripted([1, 2, 3, 4]), pair[1], ids, mask, rule=rule, block_size=3, max_new_tokens=5, seeds=1, eos_token_id=None)
+
+    class Short(Scripted):
+        def propose(self, prompts, counts, *, sampling, seeds):
+            return [[1]], [[-0.5]]
+
+    with pytest.raises(RemoteError, match="a list of tokens and one of log-probabilities a request, 5; got 1 and 1"):
+        generate(Short(), pair[1], ids, mask, rule=rule, max_new_tokens=5, seeds=1, eos_token_id=None)
     gated = generate(
         Scripted([1, 2], [3]), pair[1], ids[:1], mask[:1], rule=None, gate=SentenceLead(2, delimiters=range(V)), max_new_tokens=4, seeds=1,
         block_size=5, eos_token_id=None,

@@ -76,6 +76,8 @@ def test_select():
     assert kept.tokens.tolist() == [[4, 5], [1, 0]] and kept.mask.tolist() == [[True, True], [True, False]]
     assert kept.source.tolist() == [[F, A], [A, N]] and kept.finished == ("invalid", "eos")
     assert traces.select([]).tokens.shape == (0, 0) and len(traces.select([])) == 0
+    with pytest.raises(TypeError, match=r"indices must be a sequence of ints; got torch.bool"):
+        traces.select(torch.tensor([True, False, True]))
 
 
 def test_rows_and_jsonl(tmp_path):

@@ -59,7 +59,10 @@ class Block:
 
     def per_request(self, value) -> Tensor:
         """A rule's parameter, a number or [B], as float64 [B, 1]."""
-        value = torch.as_tensor(value, device=self.ids.device)
+        if not isinstance(value, Tensor):
+            # written by a kernel: a copy from the host would wait for the device
+            return torch.full((self.ids.shape[0], 1), value, dtype=torch.float64, device=self.ids.device)
+        value = value.to(self.ids.device)
         if value.dim() == 0:
             value = value.expand(self.ids.shape[0])
         if tuple(value.shape) != (self.ids.shape[0],):

@@ -38,7 +38,7 @@ class Lead(Protocol):
 
         `divergence` is what the gate's ``divergence`` made of the models' rows at each token (NaN where it was not asked, or where a
         row is missing). Tokens not kept are taken back by both models. Noise is never used twice, so a writer of whom nothing is kept
-        cannot be asked again at once: ``generate`` raises RuntimeError.
+        cannot be asked again before another's tokens were: ``generate`` raises RuntimeError.
         """
 
 

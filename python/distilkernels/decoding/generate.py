@@ -77,6 +77,8 @@ def generate(
     proposer, judge = checked_sampling("proposer", proposer), checked_sampling("judge", judge)
     if rule is not None and not isinstance(rule, Rule):
         raise TypeError(f"rule must be one of distilkernels.decoding's rules or a subclass of Rule; got {type(rule).__name__}")
+    if gate is not None and not hasattr(gate, "lead"):
+        raise TypeError(f"gate must be a Gate or None; got {type(gate).__name__}")
     if rule is None and gate is None:
         raise ValueError("rule must be given where no gate decides who writes; got None")
     adapts, remote = block_size == "auto", hasattr(proposer_model, "propose")
@@ -175,7 +177,7 @@ def _checked_prompts(ids_name: str, mask_name: str, ids: Any, mask: Any, request
 
 def _checked_limits(value: Any, requests: int) -> list[int]:
     limits = value.tolist() if isinstance(value, Tensor) else value
-    limits = [limits] * requests if isinstance(limits, numbers.Integral) else list(limits)
+    limits = [limits] * requests if isinstance(limits, numbers.Number) else list(limits)
     if len(limits) != requests:
         raise ValueError(f"max_new_tokens must be an int or have one entry a request, {requests}; got {len(limits)}")
     if not all(isinstance(limit, numbers.Integral) and not isinstance(limit, bool) and limit >= 1 for limit in limits):
@@ -185,7 +187,7 @@ def _checked_limits(value: Any, requests: int) -> list[int]:
 
 def _checked_eos(value: Any) -> list[int]:
     listed = value.tolist() if isinstance(value, Tensor) else value
-    listed = [] if listed is None else [listed] if isinstance(listed, numbers.Integral) else list(listed)
+    listed = [] if listed is None else [listed] if isinstance(listed, numbers.Number) else list(listed)
     if not all(isinstance(token, numbers.Integral) and not isinstance(token, bool) and token >= 0 for token in listed):
         raise ValueError(f"eos_token_id must be a token id, several, or None; got {value}")
     return [int(token) for token in listed]

@@ -109,11 +109,14 @@ class CompletionsProposer:
         try:
             choice = answer["choices"][0]
             listed = choice["logprobs"]
-            texts, logprobs = listed["tokens"], [math.nan if value is None else float(value) for value in listed["token_logprobs"]]
-        except (KeyError, IndexError, TypeError) as error:
+            logprobs = [math.nan if value is None else float(value) for value in listed["token_logprobs"]]
+            texts, ids = [str(text) for text in listed["tokens"]], choice.get("token_ids")
+            ids = None if ids is None else [int(i) for i in ids]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RemoteError(f"{self.url} must answer choices[0].logprobs with tokens and token_logprobs; got {str(answer)[:300]}") from error
-        ids = choice.get("token_ids")
-        tokens = [int(i) for i in ids] if ids is not None else [self._id(text) for text in texts]
+        tokens = [self._id(text) for text in texts] if ids is None else ids
+        if not all(0 <= token < 2**31 for token in tokens):
+            raise RemoteError(f"{self.url} must answer token ids in [0, 2³¹); got {str(tokens)[:300]}")
         if len(tokens) != len(logprobs):
             raise RemoteError(f"{self.url} must answer one log-probability a token; got {len(logprobs)} for {len(tokens)} tokens")
         tokens, logprobs = tokens[:count], logprobs[:count]
@@ -170,6 +173,8 @@ class RemoteSession:
             [self.sequences[b] for b in rows], [counts[b] for b in rows], sampling=[_numbers(draw.sampling, b) for b in rows],
             seeds=[seeds[b] for b in rows],
         )  # fmt: skip
+        if not len(texts) == len(logprobs) == len(rows):
+            raise RemoteError(f"propose must return a list of tokens and one of log-probabilities a request, {len(rows)}; got {len(texts)} and {len(logprobs)}")
         tokens = torch.full((len(members), width), -1)
         values = torch.full((len(members), width), math.nan, dtype=torch.float64)
         for b, found, value in zip(rows, texts, logprobs):

@@ -35,7 +35,7 @@ class Request:
     def __init__(self, index: int, limit: int, lead: Any, block: int | Pace):
         self.index, self.limit, self.lead, self.block = index, limit, lead, block
         self.position, self.finished, self.labels = 0, "", []
-        self.stalled: tuple[int, str] | None = None
+        self.refused: set[str] = set()  # writers of whom the gate kept nothing at this position
 
     def turn(self) -> Turn:
         room = self.limit - self.position
@@ -54,7 +54,7 @@ class Request:
             wanted = self.block
         if wanted < 1:
             raise ValueError(f"tokens of a gate's turn must be at least 1; got {wanted}")
-        if self.stalled == (self.position, turn.writer):
+        if turn.writer in self.refused:
             raise RuntimeError(f"the gate kept nothing of what the {turn.writer} wrote at position {self.position} and asked it again")
         return Turn(turn.writer, min(wanted, room))
 
@@ -70,7 +70,7 @@ class Request:
             kept = self.lead.wrote(tokens, planes[6, :kept].tolist())
             if not 0 <= kept <= len(tokens):
                 raise ValueError(f"wrote of a gate's lead must return 0 to {len(tokens)}; got {kept}")
-            self.stalled = (self.position, turn.writer) if kept == 0 else None
+            self.refused = set() if kept else self.refused | {turn.writer}
         labels = planes[:6, :kept].clone()
         if turn.writer in ("judge", "text"):
             own = labels[1] == Source.ACCEPTED

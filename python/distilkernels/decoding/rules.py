@@ -64,8 +64,8 @@ def _checked(rule: Rule, **limits: tuple[float, float, str]) -> None:
             raise ValueError(f"{name} of {type(rule).__name__} must be {words}; got {value}")
     if rule.bonus not in (None, "draw", "argmax"):
         raise ValueError(f"bonus of {type(rule).__name__} must be None, 'draw' or 'argmax'; got {rule.bonus!r}")
-    if rule.at_rejection not in ("draw", "residual", "retry", "argmax"):
-        raise ValueError(f"fallback of {type(rule).__name__} must be 'draw' or 'argmax'; got {rule.at_rejection!r}")
+    if getattr(rule, "fallback", "draw") not in ("draw", "argmax"):
+        raise ValueError(f"fallback of {type(rule).__name__} must be 'draw' or 'argmax'; got {rule.fallback!r}")
 
 
 _PROBABILITY = (0, 1, "in [0, 1]")
@@ -124,7 +124,8 @@ class ReverseSpeculative(Rule):
 
 @dataclass(frozen=True, eq=False)
 class TopKAcceptance(Rule):
-    """SKD (arXiv 2410.11325): the student proposes, the teacher accepts a token of rank below k in its raw logits; else a draw from Q."""
+    """SKD (arXiv 2410.11325): the student proposes, the teacher accepts a token of rank below k in its raw logits, −inf aside; else
+    a draw from Q."""
 
     k: int | Tensor = 25
     bonus: str | None = None
@@ -133,7 +134,7 @@ class TopKAcceptance(Rule):
         _checked(self, k=_COUNT)
 
     def accept(self, block: Block) -> Tensor:
-        return (block.rank >= 0) & (block.rank < block.per_request(self.k))
+        return (block.rank >= 0) & (block.rank < block.per_request(self.k)) & (block.logits > -math.inf)
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class Sampling:
         if top_k is None:
             return self
         if isinstance(self.top_k, Tensor):
-            top_k = self.top_k.clamp(max=torch.as_tensor(top_k, device=self.top_k.device))
+            top_k = self.top_k.clamp(max=top_k.to(self.top_k.device) if isinstance(top_k, Tensor) else top_k)
         elif self.top_k is not None:
             top_k = top_k.clamp(max=self.top_k) if isinstance(top_k, Tensor) else min(self.top_k, top_k)
         return Sampling(self.temperature, top_k, self.top_p, self.min_p)
@@ -176,6 +176,11 @@ def combine(logits_list: Sequence[Tensor], weights: Sequence[float | Tensor], pl
         checked_logits(z, f"logits_list[{i}]")
         if z.shape[:-1] != logits_list[0].shape[:-1]:
             raise ValueError(f"logits_list[{i}] must have the token shape {tuple(logits_list[0].shape[:-1])}; got {tuple(z.shape[:-1])}")
+    for i, w in enumerate(weights):
+        if not isinstance(w, (numbers.Real, Tensor)):
+            raise TypeError(f"weights[{i}] must be a number or a tensor; got {type(w).__name__}")
+    if plausibility is not None and not isinstance(plausibility, numbers.Real):
+        raise TypeError(f"plausibility must be a number or None; got {type(plausibility).__name__}")
     if plausibility is not None and not 0 < plausibility <= 1:
         raise ValueError(f"plausibility must be in (0, 1]; got {plausibility}")
     columns = min(z.shape[-1] for z in logits_list)

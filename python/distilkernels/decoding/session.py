@@ -54,6 +54,10 @@ class Session:
         head = unwrapped(model).get_output_embeddings()
         self.columns = unwrapped(model).config.get_text_config(decoder=True).vocab_size if head is None else head.weight.shape[0]
         self.keeps_rows = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+        known = unwrapped(model).get_input_embeddings().weight.shape[0]
+        outside = attention_mask.bool() & ((input_ids < 0) | (input_ids >= known))
+        if outside.any():
+            raise ValueError(f"the prompts of {name} must have ids in [0, {known}), the rows of its embedding; got {int(input_ids[outside][0])}")
         self.per_round, self.capacity = per_round, input_ids.shape[1] + room + per_round
         self.cache = new_cache(name, model, self.capacity)
         b = input_ids.shape[0]

@@ -105,7 +105,10 @@ class Traces:
 
     def select(self, indices: Sequence[int] | Tensor) -> Traces:
         """These requests, in this order, padded to the longest of them."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        chosen = torch.as_tensor(indices)
+        if chosen.numel() and (chosen.dim() != 1 or chosen.dtype == torch.bool or chosen.is_floating_point()):
+            raise TypeError(f"indices must be a sequence of ints; got {chosen.dtype} of shape {tuple(chosen.shape)}")
+        chosen = chosen.long()
         width = int(self.lengths[chosen].max()) if chosen.numel() else 0
         columns = {name: getattr(self, name)[chosen, :width] for name in ("tokens", "mask", "source", *LABELS)}
         return Traces(**columns, finished=tuple(self.finished[i] for i in chosen.tolist()))

@@ -33,7 +33,9 @@ class Stream(IntEnum):
 def philox(seeds: Tensor, counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words in [0, 2³²) as int64, of int64 `seeds` and four counter words, broadcast together."""
     key = [seeds & _LOW, (seeds >> 32) & _LOW]
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64, device=seeds.device) & _LOW for c in counter))
+    # a number is written by a kernel: copied from the host, it would wait for the device
+    words = (c if isinstance(c, Tensor) else torch.full((), c, dtype=torch.int64, device=seeds.device) for c in counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(c & _LOW for c in words))
     for _ in range(10):
         # int64 products wrap modulo 2⁶⁴; the mask undoes the sign of the shift
         low = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
