@@ -140,7 +140,8 @@ def torch_retries(w: Rows, rule, u: Tensor) -> Answer:
 def torch_top_k(w: Rows, rule, u: Tensor) -> Answer:
     z = w.judge[:, :GAMMA]
     accepted = prefix((z > at(z, w.proposals)[..., None]).sum(-1) < rule.k)
-    return accepted, drawn_from(softmax(row(z, accepted.clamp(max=GAMMA - 1))[:, None], w.sampling), torch.zeros_like(accepted), True).where(accepted < GAMMA, -1)
+    token = torch.multinomial(softmax(row(z, accepted.clamp(max=GAMMA - 1)), w.sampling), 1)[:, 0]
+    return accepted, continued(accepted, token, False)
 
 
 def torch_top_p(w: Rows, rule, u: Tensor) -> Answer:
@@ -234,7 +235,7 @@ def exact_law(z: Tensor, sampling: decoding.Sampling | None, top_k: int | None =
     """Probabilities in float64, by a sort."""
     sampling = sampling or decoding.Sampling()
     x, order = (z.double() / sampling.temperature).sort(-1, descending=True)
-    ties = lambda kept: kept | (x >= x.masked_fill(~kept, math.inf).amin(-1, keepdim=True))  # noqa: E731
+    ties = lambda kept: kept | (x >= x.masked_fill(~kept, math.inf).amin(-1, keepdim=True))
     kept = torch.ones_like(x, dtype=torch.bool)
     top_k = top_k or sampling.top_k
     if top_k is not None:
