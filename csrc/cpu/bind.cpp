@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "../philox.h"
 #include "isa.h"
 #include "threads.h"
 
@@ -188,6 +189,15 @@ void sample(int mode, const OperandNumbers& first, const OperandNumbers& second,
     for_items(a, threads, kernels().sample_rows);
 }
 
+// No rows, no vectors: a few numbers a request.
+void coins(Pointer seeds, Pointer positions, Pointer offsets, int64_t stream, int64_t count, Pointer out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const PhiloxWords words =
+            philox(uint64_t(at<int64_t>(seeds)[i]), {0, unsigned(at<int64_t>(positions)[i]), unsigned(at<int64_t>(offsets)[i]), unsigned(stream)});
+        at<double>(out)[i] = uniform53(words.x, words.y);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
@@ -205,6 +215,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("filter_rows", &filter);
     m.def("sample_rows", &sample);
     m.def("weigh_rows", &weigh);
+    m.def("coin", &coins);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);

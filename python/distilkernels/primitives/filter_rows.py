@@ -77,12 +77,29 @@ class Filtered(NamedTuple):
         bar = torch.where(cold, self.bar, torch.maximum(bar, self.bar))
         return torch.where((wanted == -math.inf) & ~self.bar.isnan(), -math.inf, bar)
 
-    def at(self, index) -> Filtered:
-        """The laws of some rows: any index over the fields."""
-        return Filtered(*(t[index] for t in self))
+    def at(self, index: Tensor) -> Filtered:
+        """The laws of some rows: flat indices, fields of their shape."""
+        return type(self)(*(t.take(index) for t in self))
+
+    def first(self, rows: int) -> Filtered:
+        """The first `rows` of fields [B, R]."""
+        return self if self.lse.shape[1] == rows else type(self)(*(t[:, :rows] for t in self))
 
     def view(self, *shape: int) -> Filtered:
-        return Filtered(*(t.view(*shape) for t in self))
+        return type(self)(*(t.view(*shape) for t in self))
+
+
+class Plain(Filtered):
+    """The same of rows that nothing filters, at T = 1: temperature is 1, bar −inf and lse_all is lse."""
+
+    def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
+        wide = (..., *(None,) * (x.dim() - self.lse.dim()))
+        return (x - self.lse[wide]).masked_fill(ids < 0, -math.inf)
+
+    def bar_of(self, probability: Tensor | float) -> Tensor:
+        exact = self.lse + torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
+        bar = exact.to(self.bar.dtype)
+        return torch.where(bar < exact, torch.nextafter(bar, bar.new_full((), math.inf)), bar)
 
 
 def allocate(logits: Tensor) -> dict[str, Tensor]:
