@@ -158,10 +158,11 @@ void draw(int dtype, Pointer logits, const Shape& shape, const HeadNumbers& h, d
     for_items(a, threads, kernels().draw_rows);
 }
 
-void filter(int dtype, Pointer logits, const Shape& shape, int64_t columns, const std::array<Pointer, 4>& by, int threads,
-            const std::array<Pointer, 5>& out) {
+void filter(int dtype, Pointer logits, const Shape& shape, int64_t columns, const std::array<Pointer, 4>& by, Pointer chosen, int64_t count,
+            int threads, const std::array<Pointer, 5>& out) {
     const FilterRows a{DType(dtype), rows(logits, shape), columns, at<double>(by[0]), at<int64_t>(by[1]), at<double>(by[2]), at<double>(by[3]),
-                       at<void>(out[0]), at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), at<int64_t>(out[4])};
+                       at<void>(out[0]), at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), at<int64_t>(out[4]),
+                       at<int64_t>(chosen), count};
     py::gil_scoped_release release;
     for_items(a, threads, kernels().filter_rows);
 }

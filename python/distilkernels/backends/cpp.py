@@ -118,10 +118,11 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     )  # fmt: skip
 
 
-def filter_rows(logits: Tensor, columns: int, filters, out: dict[str, Tensor]) -> None:
-    filters = [t.contiguous() for t in filters]
+def filter_rows(logits: Tensor, columns: int, filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    filters, rows = [t.contiguous() for t in filters], None if rows is None else rows.contiguous()
     _cpp.filter_rows(
-        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), columns, [t.data_ptr() for t in filters], torch.get_num_threads(),
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), columns, [t.data_ptr() for t in filters],
+        0 if rows is None else rows.data_ptr(), out["lse"].numel(), torch.get_num_threads(),
         [out[name].data_ptr() for name in ("bar", "lse", "lse_all", "expected", "argmax")],
     )  # fmt: skip
 

@@ -118,10 +118,10 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     launch(logits, tau, seeds, positions, head, out)
 
 
-def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
+def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
     from ..kernels.filter_rows import filter_rows as launch
 
-    launch(logits, columns, filters, out)
+    launch(logits, columns, filters, out, rows)
 
 
 def sample_rows(

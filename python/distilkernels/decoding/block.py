@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..primitives.filter_rows import Filtered, Filters, filtered
+from ..primitives.filter_rows import Filtered, Filters, Plain, filtered
 from ..primitives.philox import Stream
 from ..primitives.sample_rows import Operand, coin, mass
+from .sampling import Sampling, law_of
 
 
 def among_all(index: Tensor, rows: int) -> Tensor:
@@ -21,17 +21,36 @@ def among_all(index: Tensor, rows: int) -> Tensor:
     return index + (first if index.dim() == 1 else first[:, None])
 
 
-class Side(NamedTuple):
-    """One model's rows [B, R, V] as kernels read them, their laws, fields [B, R], and its raw logits [B, G] at the proposals."""
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model's rows [B, R, V] as kernels read them and how it samples from the first ``columns`` of them; ``logits`` [B, G]: its raw logits
+    at the proposals; ``plain``: its laws where the raw statistics tell them. What has filters is read again, and only when it is asked for.
+    """
 
     rows: Tensor
-    law: Filtered
     logits: Tensor
+    plain: Plain | None
+    sampling: Sampling
+    columns: int
+    shape: tuple[int, int]
+    backend: str | None = None
 
-    def operand(self, flat: Tensor, none: Tensor, law: Filtered | None = None) -> Operand:
-        """Rows at `flat` of any shape but where `none`, with their own laws or others of the same shape."""
-        law = self.law.at(flat) if law is None else law
-        return Operand(self.rows, flat.masked_fill(none, -1).view(-1), law if flat.dim() == 1 else law.view(-1))
+    @cached_property
+    def law(self) -> Filtered:
+        """Of every row, fields [B, R]."""
+        if self.plain is not None:
+            return self.plain
+        return law_of(self.rows, self.columns, self.sampling, self.shape[0], self.backend).view(*self.shape)
+
+    def law_at(self, row: Tensor) -> Filtered:
+        """Of one row a request: `row` int64 [B] among all, fields [B]."""
+        if self.plain is None and "law" not in vars(self):
+            return law_of(self.rows, self.columns, self.sampling, self.shape[0], self.backend, row)
+        return self.law.at(row)
+
+    def operand(self, row: Tensor, none: Tensor, law: Filtered) -> Operand:
+        """Rows among all, of any shape, but where `none`; their laws have the same shape."""
+        return Operand(self.rows, row.masked_fill(none, -1).view(-1), law if row.dim() == 1 else law.view(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +60,7 @@ class Block:
     ``ids`` int64 [B, G]; ``present`` bool [B, G]: before the request's length, and before its first proposal that no judge could accept
     (−1, or an id that one side lacks). ``rank`` int64 [B, G] in the judge's raw row; ``mass_above`` [B, G], of the judge's law, None where
     it has filters or the rule does not need it. ``judge``, ``proposer``: the two sides, the latter None where the rule does not need it;
-    ``fallback``: the laws [B, R] that the judge's own tokens are drawn from. ``columns``: ids that both sides have. ``seeds``, ``positions``
+    ``fallback``: the judge with the sampling that its own tokens are drawn with. ``columns``: ids that both sides have. ``seeds``, ``positions``
     int64 [B]: what the random numbers are a function of.
 
     Worked out when they are asked for: ``lengths`` int64 [B], how many proposals are present; ``logits`` [B, G]: the judge's raw logits at
@@ -54,7 +73,7 @@ class Block:
     mass_above: Tensor | None
     judge: Side
     proposer: Side | None
-    fallback: Filtered
+    fallback: Side
     columns: int
     seeds: Tensor
     positions: Tensor
@@ -126,5 +145,6 @@ class Block:
 
     def residual_mass(self, scale: Tensor, rows: Tensor, none: Tensor) -> Tensor:
         """Σ_v max(c·Q_v − P_v, 0) at `rows` int64 [B, G], 0 where `none`, for c = `scale` float64 [B, G]."""
-        judge, proposer = (side.operand(among_all(rows, side.law.lse.shape[1]), none) for side in (self.judge, self.proposer))
+        places = [(side, among_all(rows, side.shape[1])) for side in (self.judge, self.proposer)]
+        judge, proposer = (side.operand(row, none, side.law.at(row)) for side, row in places)
         return mass(judge, self.columns, second=proposer, scale=scale.reshape(-1), mode="residual", backend=self.backend).view(rows.shape)

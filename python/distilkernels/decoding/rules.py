@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..primitives.filter_rows import Filtered
 from .block import Block
 from .sampling import Sampling
 
@@ -115,12 +116,21 @@ class ReverseSpeculative(Rule):
     def proposer_sampling(self, proposer: Sampling) -> Sampling:
         return proposer.limited(self.proposer_top_k)
 
+    def bar(self, block: Block, law: Filtered, narrow: Filtered | None) -> Tensor:
+        """The raw logits [B, R] or [B] from which a token passes, by laws of the judge before and after judge_top_k: one threshold for
+        proposals and for the pool."""
+        min_prob = block.per_request(self.min_prob)
+        bar = law.bar_of(min_prob if law.lse.dim() == 2 else min_prob[:, 0])
+        return bar if narrow is None else torch.maximum(bar, narrow.bar)
+
     def passing(self, block: Block) -> Tensor:
-        """The raw logits [B, R] from which a token passes: one threshold for proposals and for the pool."""
-        bar = block.judge.law.bar_of(block.per_request(self.min_prob))
-        return bar if self.judge_top_k is None else torch.maximum(bar, block.fallback.bar)
+        """:meth:`bar` at every row [B, R]."""
+        return self.bar(block, block.judge.law, None if self.judge_top_k is None else block.fallback.law)
 
     def accept(self, block: Block) -> Tensor:
+        if self.judge_top_k is not None and block.judge.plain is not None:
+            # what top_k alone leaves is known from the rank: no row is filtered
+            return (block.logits >= self.bar(block, block.judge_law, None)) & (block.rank < block.per_request(self.judge_top_k))
         return block.logits >= self.passing(block)[:, : block.ids.shape[1]]
 
 

@@ -110,12 +110,15 @@ def plain_law(stats: dict[str, Tensor], logits: Tensor) -> Plain:
     return Plain(torch.ones_like(lse), bar.masked_fill_(bad, math.nan), lse, lse, stats["expected_logit"], stats["argmax"].masked_fill(bad, -1))
 
 
-def law_of(rows: Tensor, columns: int, sampling: Sampling, requests: int, backend: str | None) -> Filtered:
-    """The filtered softmax of every row of [O, I, V], `requests` of equally many rows each, over the first `columns`."""
+def law_of(rows: Tensor, columns: int, sampling: Sampling, requests: int, backend: str | None, chosen: Tensor | None = None) -> Filtered:
+    """The filtered softmax of every row of [O, I, V], `requests` of equally many rows each, over the first `columns`.
+
+    `chosen` int64 [requests]: of one row a request, in its place among all."""
     if sampling.plain:
-        return plain_law(raw_statistics(rows, None, columns, PLAIN_LAW, backend), rows)
-    n = rows.shape[0] * rows.shape[1]
-    return filtered(rows, columns, sampling.filters(requests, n // max(requests, 1), rows.device), backend)
+        law = plain_law(raw_statistics(rows, None, columns, PLAIN_LAW, backend), rows)
+        return law if chosen is None else law.at(chosen)
+    each = 1 if chosen is not None else rows.shape[0] * rows.shape[1] // max(requests, 1)
+    return filtered(rows, columns, sampling.filters(requests, each, rows.device), backend, chosen)
 
 
 @torch.no_grad()

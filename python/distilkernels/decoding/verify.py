@@ -8,7 +8,7 @@ the device.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from ..primitives.sample_rows import Drawn, Noise, coin, drawn, mass
 from ..primitives.vocab_stats import checked_logits, presented
 from .block import Block, Side, among_all
 from .rules import Rule
-from .sampling import PLAIN_LAW, Sampling, checked_sampling, law_of, plain_law, raw_statistics
+from .sampling import PLAIN_LAW, Sampling, checked_sampling, plain_law, raw_statistics
 
 
 class Source(IntEnum):
@@ -130,27 +130,26 @@ def verify(
     rows, own = rows_of(judge_logits), judge.plain and columns == judged_columns
     wanted = ("gathered", "rank", *PLAIN_LAW, *(("mass_above",) if rule.needs_mass and own else ()))
     raw = raw_statistics(rows, asked if r == g else torch.nn.functional.pad(asked, (0, 1), value=-1), judged_columns, wanted, backend)
-    law = plain_law(raw, rows) if own else law_of(rows, columns, judge, b, backend).view(b, r)
+    side = Side(rows, raw["gathered"][:, :g], plain_law(raw, rows) if own else None, judge, columns, (b, r), backend)
     drawing = rule.judge_sampling(judge)
-    fallback = law if drawing is judge else law_of(rows, columns, drawing, b, backend).view(b, r)
+    fallback = side if drawing is judge else replace(side, plain=None, sampling=drawing)
     p_raw = proposed = None
     if proposer_logits is not None:
-        p_rows, proposing = rows_of(proposer_logits), rule.proposer_sampling(proposer)
-        p_own = rule.needs_proposer and proposing.plain and columns == proposed_columns
+        p_rows, proposing, p_shared = rows_of(proposer_logits), rule.proposer_sampling(proposer), columns == proposed_columns
+        p_own = rule.needs_proposer and proposing.plain and p_shared
         p_raw = raw_statistics(p_rows, asked, proposed_columns, ("gathered", *(PLAIN_LAW if p_own else ("lse",))), backend)
         if rule.needs_proposer:
-            p_law = plain_law(p_raw, p_rows) if p_own else law_of(p_rows, columns, proposing, b, backend).view(b, g)
-            proposed = Side(p_rows, p_law, p_raw["gathered"])
+            proposed = Side(p_rows, p_raw["gathered"], plain_law(p_raw, p_rows) if p_own else None, proposing, columns, (b, g), backend)
 
-    # a row without a law ends its request before it: nothing there can be accepted or drawn
-    broken = law.lse.isnan() if fallback is law else law.lse.isnan() | fallback.lse.isnan()
-    unproposed = None if proposed is None else proposed.law.lse.isnan()
+    # a row without a law ends its request before it: nothing there can be accepted or drawn. Filters leave something of every row, but
+    # of the columns that both sides have there may be none
+    broken = (raw["lse"] if columns == judged_columns else side.law.lse).isnan()
+    unproposed = None if proposed is None else (p_raw["lse"] if p_shared else proposed.law.lse).isnan()
     stopped = gone | broken[:, :g]
     stopped = (stopped if unproposed is None else stopped | unproposed).cumsum(1) > 0
     block = Block(
         ids=asked.clamp(min=0), present=~stopped, rank=raw["rank"][:, :g], mass_above=raw["mass_above"][:, :g] if "mass_above" in raw else None,
-        judge=Side(rows, law, raw["gathered"][:, :g]), proposer=proposed, fallback=fallback, columns=columns, seeds=seeds, positions=positions,
-        backend=backend,
+        judge=side, proposer=proposed, fallback=fallback, columns=columns, seeds=seeds, positions=positions, backend=backend,
     )  # fmt: skip
     accepted = rule.length(block)
 
@@ -215,7 +214,7 @@ def drawn_after(rule: Rule, block: Block, after: After, vocab: int) -> tuple[Dra
     """(the token after the accepted ones, its source) for every request that draws one."""
     noise, finished = after.noise, after.finished
     at_rejection = rule.at_rejection if block.ids.shape[1] else "draw"
-    law = block.fallback.at(after.row)
+    law = block.fallback.law_at(after.row)
     # an argmax is a draw at temperature 0
     if "argmax" in (at_rejection, rule.bonus):
         cold = torch.where(finished, rule.bonus == "argmax", at_rejection == "argmax")
@@ -226,7 +225,7 @@ def drawn_after(rule: Rule, block: Block, after: After, vocab: int) -> tuple[Dra
     options = {"vocab": vocab, "backend": block.backend}
     first = block.judge.operand(after.row, ~after.draws, law)
     if at_rejection == "residual":
-        second = block.proposer.operand(after.p_row, ~(after.draws & after.rejected))
+        second = block.proposer.operand(after.p_row, ~(after.draws & after.rejected), block.proposer.law_at(after.p_row))
         found = drawn(first, noise, block.columns, second=second, scale=rule.scale(block, noise.offsets), mode="residual", **options)
         return found, source.masked_fill_(found.compared, int(Source.RESIDUAL))
     if at_rejection != "retry":
@@ -234,8 +233,10 @@ def drawn_after(rule: Rule, block: Block, after: After, vocab: int) -> tuple[Dra
 
     # trials 2 … T at once: a coin against their joint failure, and one draw from the part of the pool that passes
     untried = ~(after.draws & after.rejected)
-    pool, gate = block.proposer.operand(after.p_row, untried), block.judge.operand(after.row, untried)
-    gate = gate._replace(law=Filtered(*gate.law)._replace(bar=rule.passing(block).take(after.row)))
+    pool = block.proposer.operand(after.p_row, untried, block.proposer.law_at(after.p_row))
+    judged = block.judge.law_at(after.row)
+    bar = rule.bar(block, judged, None if rule.judge_top_k is None else law)
+    gate = block.judge.operand(after.row, untried, Filtered(*judged)._replace(bar=bar))
     share = mass(pool, block.columns, second=gate, mode="gate", backend=block.backend).clamp(0, 1)
     success = -torch.expm1((rule.trials - 1) * torch.log1p(-share))
     won = ~untried & (coin(noise.seeds, noise.positions, noise.offsets, int(Stream.RETRY_COIN), block.backend) < success)

@@ -102,17 +102,21 @@ class Plain(Filtered):
         return torch.where(bar < exact, torch.nextafter(bar, bar.new_full((), math.inf)), bar)
 
 
-def allocate(logits: Tensor) -> dict[str, Tensor]:
-    n, device, double = logits.shape[0] * logits.shape[1], logits.device, row_dtype(logits.device)
+def allocate(logits: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+    n = logits.shape[0] * logits.shape[1] if rows is None else rows.shape[0]
+    device, double = logits.device, row_dtype(logits.device)
     out = {name: torch.empty(n, dtype=double, device=device) for name in ("lse", "lse_all", "expected")}
     out["bar"] = torch.empty(n, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=device)
     out["argmax"] = torch.empty(n, dtype=torch.int64, device=device)
     return out
 
 
-def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
-    """Writes `out` for the first `columns` of logits [O, I, V] with last stride 1. The definition, by a sort, in float64."""
-    x = logits[..., :columns].reshape(-1, columns).double()
+def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    """Writes `out` for the first `columns` of logits [O, I, V] with last stride 1. The definition, by a sort, in float64.
+
+    `rows` int64 [N]: which rows, of O·I; `filters` and `out` are then theirs."""
+    x = logits[..., :columns].reshape(-1, columns)
+    x = (x if rows is None else x[rows]).double()
     n = x.shape[0]
     top = x.amax(-1)
     bad = ~top.isfinite() | x.isnan().any(-1)
@@ -144,10 +148,10 @@ def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Ten
     out["argmax"].copy_((x == top[:, None]).int().argmax(-1).masked_fill(bad, -1) if n else out["argmax"])
 
 
-def filtered(logits: Tensor, columns: int, filters: Filters, backend: str | None = None) -> Filtered:
-    """The filters' outcome for the first `columns` of logits [O, I, V] with last stride 1."""
+def filtered(logits: Tensor, columns: int, filters: Filters, backend: str | None = None, rows: Tensor | None = None) -> Filtered:
+    """The filters' outcome for the first `columns` of logits [O, I, V] with last stride 1, or of `rows` int64 [N] of the O·I."""
     launch = resolve("filter_rows", logits, backend=backend)
-    out = allocate(logits)
+    out = allocate(logits, rows)
     if logits.numel():
-        launch(logits, columns, filters, out)
+        launch(logits, columns, filters, out, *(() if rows is None else (rows,)))
     return Filtered(filters.temperature, **out)
