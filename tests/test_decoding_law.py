@@ -200,7 +200,11 @@ def test_mutant_shared_noise(monkeypatch, name, used, instead):
 def mutated_filter(monkeypatch, change) -> None:
     """`change(logits, columns, filters, out, honest)` in place of filter_rows."""
     honest = backends.module("reference").filter_rows
-    monkeypatch.setattr(backends.module("reference"), "filter_rows", lambda *a: change(*a, honest))
+
+    def changed(logits, columns, filters, out, *rows):
+        change(logits, columns, filters, out, lambda *a: honest(*a, *rows))
+
+    monkeypatch.setattr(backends.module("reference"), "filter_rows", changed)
 
 
 @pytest.mark.parametrize("name", ["speculative", "block", "reverse_retry", "typical", "top_k"])
