@@ -156,7 +156,7 @@ def verify(
     # neither finished nor rejected: the next proposal is one that cannot be judged, which gives a draw from Q, not the residual
     finished, rejected = accepted == (g if lengths is None else lengths), accepted < g - gone.sum(1)
     row = among_all(accepted if r > g else accepted.clamp(max=r - 1), r)
-    p_row = among_all(accepted.clamp(max=g - 1), g) if g else None
+    p_row = among_all(accepted.clamp(max=g - 1), g) if g and p_raw is not None else None
     draws = ~finished if rule.bonus is None else accepted < r
     # P is not asked for behind the last proposal, nor where there is none to compare
     needed = broken.take(row) if unproposed is None or not g else broken.take(row) | (unproposed.take(p_row) & rejected)

@@ -57,12 +57,12 @@ class Filtered(NamedTuple):
 
     def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
         """log Q at `ids`, whose raw logits are `x`, float64: both of the fields' shape, or [..., K] beside it; −inf where filtered."""
-        wide = (..., *(None,) * (x.dim() - self.bar.dim()))
-        cold = (self.temperature == 0)[wide]
-        warm = (x.double() / torch.where(cold, 1.0, self.temperature[wide])) - self.lse[wide]
-        kept = torch.where(cold, ids == self.argmax[wide], x >= self.bar[wide])
-        found = torch.where(cold, 0.0, warm).masked_fill(~kept | (ids < 0), -math.inf)
-        return torch.where(self.lse.isnan()[wide], math.nan, found)
+        if x.dim() > self.bar.dim():
+            return Filtered(*(t[..., None] for t in self)).logprob(x, ids)
+        cold = self.temperature == 0
+        warm = (x / self.temperature.masked_fill(cold, 1) - self.lse).masked_fill(cold, 0)
+        kept = torch.where(cold, ids == self.argmax, x >= self.bar) & (ids >= 0)
+        return warm.masked_fill(~kept, -math.inf).masked_fill(self.lse.isnan(), math.nan)
 
     def bar_of(self, probability: Tensor | float) -> Tensor:
         """The raw logit from which Q_v ≥ probability, in the fields' shape and `bar`'s dtype: T·(log probability + lse), rounded up.
@@ -93,8 +93,8 @@ class Plain(Filtered):
     """The same of rows that nothing filters, at T = 1: temperature is 1, bar −inf and lse_all is lse."""
 
     def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
-        wide = (..., *(None,) * (x.dim() - self.lse.dim()))
-        return (x - self.lse[wide]).masked_fill(ids < 0, -math.inf)
+        lse = self.lse if x.dim() == self.lse.dim() else self.lse[..., None]
+        return (x - lse).masked_fill(ids < 0, -math.inf)
 
     def bar_of(self, probability: Tensor | float) -> Tensor:
         exact = self.lse + torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
