@@ -1,8 +1,8 @@
 """``verify``: one block of proposals against a judge's rows, under any rule, with the labels a trainer needs.
 
-Whatever the rule, the block length and the batch: one read of the judge's rows for the labels, the ranks and (unfiltered) the
-law; one more per side that is filtered; one read of the proposer's rows; one row per request for the draw. Nothing waits for
-the device.
+Whatever the block length and the batch: one read of each side's rows for the labels, the ranks and (unfiltered) the laws; one more of a
+filtered side where the rule judges by its law; one row per request for the draw. Block verification compares the rows once more. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
