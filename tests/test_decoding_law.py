@@ -18,7 +18,7 @@ from distilkernels.primitives import sample_rows
 from distilkernels.primitives.philox import Stream
 
 # the package's attribute of that name is the function
-verify_module = importlib.import_module("distilkernels.decoding.verify")
+block_module, verify_module = (importlib.import_module(f"distilkernels.decoding.{name}") for name in ("block", "verify"))
 
 # family-wise 1e-6 over at most 200 comparisons in this file
 ALPHA = 1e-6 / 200
@@ -166,7 +166,7 @@ def test_mutant_noise_reused_across_blocks(monkeypatch, stage):
     """Noise by the place in the sequence alone: block verification has already looked at it in the block before."""
     if stage != "draft":
         honest = sample_rows.coin
-        monkeypatch.setattr(verify_module, "coin", lambda s, p, o, stream: honest(s, p + o, torch.zeros_like(p + o), stream))
+        monkeypatch.setattr(block_module, "coin", lambda s, p, o, *rest: honest(s, p + o, torch.zeros_like(p + o), *rest))
     assert two_blocks(dk.BlockVerification(), absolute_draft=stage != "acceptance") < ALPHA
 
 
@@ -189,7 +189,8 @@ def test_mutant_shared_noise(monkeypatch, name, used, instead):
     def swapped(stream):
         return int(instead) if stream == int(used) else stream
 
-    monkeypatch.setattr(verify_module, "coin", lambda s, p, o, stream: coin(s, p, o, swapped(stream)))
+    for module in (block_module, verify_module):
+        monkeypatch.setattr(module, "coin", lambda s, p, o, stream, backend: coin(s, p, o, swapped(stream), backend))
     monkeypatch.setattr(sample_rows, "uniforms_at", lambda noise, columns: uniforms(noise._replace(stream=swapped(noise.stream)), columns))
     world = World(4, 2, seed=3, likeness=0.3)
     rule = dk.ReverseSpeculative(0.3, trials=2, proposer_top_k=4) if name == "reverse_retry" else RULES[name]
@@ -199,7 +200,11 @@ def test_mutant_shared_noise(monkeypatch, name, used, instead):
 def mutated_filter(monkeypatch, change) -> None:
     """`change(logits, columns, filters, out, honest)` in place of filter_rows."""
     honest = backends.module("reference").filter_rows
-    monkeypatch.setattr(backends.module("reference"), "filter_rows", lambda *a: change(*a, honest))
+
+    def changed(logits, columns, filters, out, *rows):
+        change(logits, columns, filters, out, lambda *a: honest(*a, *rows))
+
+    monkeypatch.setattr(backends.module("reference"), "filter_rows", changed)
 
 
 @pytest.mark.parametrize("name", ["speculative", "block", "reverse_retry", "typical", "top_k"])

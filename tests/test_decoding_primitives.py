@@ -13,6 +13,7 @@ from distilkernels import BackendError, backends
 from distilkernels.primitives import sample_rows
 from distilkernels.primitives.boundary import rows_of
 from distilkernels.primitives.filter_rows import Filtered, Filters, allocate, filtered, reference
+from distilkernels.primitives.philox import philox, uniform53
 from distilkernels.primitives.sample_rows import Noise, Operand, drawn, mass, uniforms_at, weights
 
 INF, NAN = math.inf, math.nan
@@ -160,6 +161,35 @@ def test_bar_of_a_probability_is_the_least_logit_that_has_it():
     assert bar.dtype == torch.float32
     for x, reached in ((bar, True), (torch.nextafter(bar, torch.tensor(-INF)), False)):
         assert ((x.double() / temperature - law.lse >= math.log(0.03)) == reached).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend,device", servers("filter_rows"))
+def test_filter_some_rows(backend, device, dtype):
+    """Rows in no order, one twice: each is what it is among all, bit for bit, though the filters are those of its new place."""
+    x = Case("some", 7, 1009, 1).logits(dtype, device)
+    x[3, 5] = NAN
+    x = x.view(1, 7, 1009).transpose(0, 1)
+    filters, rows = filters_for(7, 4, device), torch.tensor([4, 3, 6, 0, 4], device=device)
+    whole = filtered(x, 1003, filters, backend)
+    some = filtered(x, 1003, Filters(*(t[rows] for t in filters)), backend, rows)
+    for one, all_of in zip(some, whole):
+        assert one.shape == (5,) and torch.equal(one.nan_to_num(-7), all_of[rows].nan_to_num(-7))
+    assert some.lse.isnan().tolist() == [False, True, False, False, False]
+    assert filtered(x, 1003, Filters(*(t[:0] for t in filters)), backend, rows[:0]).lse.shape == (0,)
+
+
+@pytest.mark.parametrize("backend,device", servers("coin"))
+def test_coin(backend, device):
+    """The numbers of the definition, of places broadcast together: 64-bit seeds of both signs, positions past 32 bits."""
+    g = torch.Generator().manual_seed(2)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (37, 1), generator=g)
+    positions, offsets = torch.randint(0, 2**40, (37, 1), generator=g), torch.arange(9)
+    words = [philox(seeds, (0, positions, offsets, stream)) for stream in (1, 2)]
+    for stream, (high, low, _, _) in zip((1, 2), words):
+        got = sample_rows.coin(*(t.to(device) for t in (seeds, positions, offsets)), stream, backend)
+        assert got.dtype == torch.float64 and torch.equal(got.cpu(), uniform53(high, low))
+    assert sample_rows.coin(seeds[:0].to(device), positions[:0].to(device), offsets.to(device), 1, backend).shape == (0, 9)
 
 
 def test_mutants_of_filters(monkeypatch):

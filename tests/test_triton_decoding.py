@@ -42,7 +42,7 @@ INF, NAN = math.inf, math.nan
     [
         # one dtype: the others, and cuts of a row, are in test_native_*. Left out too: contents and views that those or other cases have
         ("test_decoding_primitives.py", "triton-cpu and cpu-float32 and not ascending and not block and not transposed and not four_d"),
-        ("test_decoding_primitives.py", "triton-cpu and (ties or residual_of_equal or equal_uniforms or no_draws)"),
+        ("test_decoding_primitives.py", "triton-cpu and (coin or ties or residual_of_equal or equal_uniforms or no_draws)"),
         ("test_triton_decoding.py", "native"),
     ],
     ids=["primitives", "equals", "seams"],
@@ -270,11 +270,18 @@ def meta(n, dtype=torch.float64):
     return torch.empty(n, dtype=dtype, device="meta")
 
 
-def filter_case(dtype, vocab=QWEN):
+def filter_case(dtype, vocab=QWEN, some=False):
     from distilkernels.kernels.filter_rows import launches
 
-    x = torch.empty(64, 9, vocab, dtype=dtype, device="meta")
-    return launches(x, vocab, Filters(meta(576), meta(576, torch.int64), meta(576), meta(576)), allocate(x))
+    x, n = torch.empty(64, 9, vocab, dtype=dtype, device="meta"), 64 if some else 576
+    rows = meta(n, torch.int64) if some else None
+    return launches(x, vocab, Filters(meta(n), meta(n, torch.int64), meta(n), meta(n)), allocate(x, rows), chosen_rows=rows)
+
+
+def coin_case():
+    from distilkernels.kernels.coin import coin_launch
+
+    return [coin_launch(*(meta(512, torch.int64) for _ in range(3)), 1, meta(512))]
 
 
 def draw_case(dtype, mode="plain", vocab=QWEN, other=None, stream=4):
@@ -300,7 +307,9 @@ VARIANTS = {
     "filter-bfloat16": lambda: filter_case(torch.bfloat16),
     "filter-float32": lambda: filter_case(torch.float32),
     "filter-odd_vocab": lambda: filter_case(torch.float16, QWEN + 1),
+    "filter-some_rows": lambda: filter_case(torch.bfloat16, some=True),
     "filter-one_column": lambda: filter_case(torch.float32, 1),
+    "coin": coin_case,
     "draw-plain": lambda: draw_case(torch.bfloat16, stream=1),
     "draw-residual": lambda: draw_case(torch.bfloat16, "residual"),
     "draw-residual-mixed": lambda: draw_case(torch.float32, "residual", other=torch.bfloat16, stream=meta(64, torch.int64)),

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "../philox.h"
 #include "isa.h"
 #include "threads.h"
 
@@ -157,10 +158,11 @@ void draw(int dtype, Pointer logits, const Shape& shape, const HeadNumbers& h, d
     for_items(a, threads, kernels().draw_rows);
 }
 
-void filter(int dtype, Pointer logits, const Shape& shape, int64_t columns, const std::array<Pointer, 4>& by, int threads,
-            const std::array<Pointer, 5>& out) {
+void filter(int dtype, Pointer logits, const Shape& shape, int64_t columns, const std::array<Pointer, 4>& by, Pointer chosen, int64_t count,
+            int threads, const std::array<Pointer, 5>& out) {
     const FilterRows a{DType(dtype), rows(logits, shape), columns, at<double>(by[0]), at<int64_t>(by[1]), at<double>(by[2]), at<double>(by[3]),
-                       at<void>(out[0]), at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), at<int64_t>(out[4])};
+                       at<void>(out[0]), at<double>(out[1]), at<double>(out[2]), at<double>(out[3]), at<int64_t>(out[4]),
+                       at<int64_t>(chosen), count};
     py::gil_scoped_release release;
     for_items(a, threads, kernels().filter_rows);
 }
@@ -188,6 +190,15 @@ void sample(int mode, const OperandNumbers& first, const OperandNumbers& second,
     for_items(a, threads, kernels().sample_rows);
 }
 
+// No rows, no vectors: a few numbers a request.
+void coins(Pointer seeds, Pointer positions, Pointer offsets, int64_t stream, int64_t count, Pointer out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const PhiloxWords words =
+            philox(uint64_t(at<int64_t>(seeds)[i]), {0, unsigned(at<int64_t>(positions)[i]), unsigned(at<int64_t>(offsets)[i]), unsigned(stream)});
+        at<double>(out)[i] = uniform53(words.x, words.y);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, m) {
@@ -205,6 +216,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("filter_rows", &filter);
     m.def("sample_rows", &sample);
     m.def("weigh_rows", &weigh);
+    m.def("coin", &coins);
     m.def("isa", &isa);
     m.def("set_isa", &set_isa);
     m.def("available_isas", &available_isas);

@@ -238,7 +238,7 @@ template <class V, class T>
 void filter_row(const FilterRows& a, Scratch& s, int64_t r) {
     using S = typename V::S;
     constexpr S inf = std::numeric_limits<S>::infinity();
-    const T* x = a.logits.row<const T>(r);
+    const T* x = a.logits.row<const T>(a.rows ? a.rows[r] : r);
     const int64_t columns = a.columns, lanes = a.tiles() * V::width;
     const bool cold = a.temperature[r] == 0;
     const double temperature = cold ? 1 : a.temperature[r], p = a.top_p[r], min_p = a.min_p[r];

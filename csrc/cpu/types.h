@@ -264,11 +264,13 @@ struct FilterRows {
     void* bar;
     double *lse, *lse_all, *expected;
     int64_t* argmax;
+    const int64_t* rows = nullptr;  // which rows of logits, [N]; null for all
+    int64_t count = 0;              // N
 
     // Columns whose largest entries, one a lane, bound the top_k-th and tell which columns are read again.
     static constexpr int64_t kTile = 512;
 
-    int64_t items() const { return logits.count(); }
+    int64_t items() const { return count; }
     int64_t numbers() const { return items() * logits.vocab; }
     int64_t tiles() const { return (columns + kTile - 1) / kTile; }
 };

@@ -69,7 +69,7 @@ def _fall(x, top, inv_t):
 
 @triton.jit
 def _records_kernel(
-    logits, temperature, records,
+    logits, chosen_rows, temperature, records,
     columns, inner_rows, stride_o, stride_i, n_spans, n_tiles, field,
     TILE: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def _records_kernel(
     program = tl.program_id(0)
     span = program % n_spans
     row = (program // n_spans).to(tl.int64)
-    line = logits + row_offset(row, inner_rows, stride_o, stride_i)
+    line = logits + row_offset(row if chosen_rows is None else tl.load(chosen_rows + row), inner_rows, stride_o, stride_i)
     inv_t = inverse_of(tl.load(temperature + row))
     records += row * 3 * field
     lanes = tl.arange(0, ROWS)[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -208,13 +208,13 @@ def _above(line, records, chosen, bar, columns, n_tiles, top, inv_t, TILE: tl.co
 
 @triton.jit
 def _filter_kernel(
-    logits, records, chosen, temperature, top_k, top_p, min_p, bar, lse, lse_all, expected, argmax,
+    logits, chosen_rows, records, chosen, temperature, top_k, top_p, min_p, bar, lse, lse_all, expected, argmax,
     columns, inner_rows, stride_o, stride_i, n_tiles, field,
     EMPTY: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, RECORDS: tl.constexpr,
 ):  # fmt: skip
     """Program = row."""
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row_offset(row, inner_rows, stride_o, stride_i)
+    line = logits + row_offset(row if chosen_rows is None else tl.load(chosen_rows + row), inner_rows, stride_o, stride_i)
     records += row * 3 * field
     chosen += row * field
     t = tl.load(temperature + row)
@@ -268,10 +268,11 @@ def _filter_kernel(
 
 
 def launches(
-    logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], tiles_config: tiles.Config = tiles.CONFIG, config: Config = CONFIG
-) -> list[Launch]:
+    logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], tiles_config: tiles.Config = tiles.CONFIG, config: Config = CONFIG,
+    chosen_rows: Tensor | None = None,
+) -> list[Launch]:  # fmt: skip
     """The two launches that write `out`; the arguments are those of ``primitives.filter_rows.reference``."""
-    n, itemsize = logits.shape[0] * logits.shape[1], logits.element_size()
+    n, itemsize = out["lse"].shape[0], logits.element_size()
     tile = tiles_config.tile(columns, config.again, itemsize)
     rows, span = max(tiles_config.step_bytes // itemsize // tile, 1), tiles_config.span_bytes // itemsize
     n_tiles, n_spans = triton.cdiv(columns, tile), triton.cdiv(columns, span)
@@ -279,7 +280,8 @@ def launches(
     field = triton.cdiv(n_tiles, 16) * 16
     stride_o, stride_i = row_strides(logits)
     shared = {
-        "logits": logits, "temperature": filters.temperature, "records": torch.empty((n, 3, field), dtype=torch.float32, device=logits.device),
+        "logits": logits, "chosen_rows": chosen_rows, "temperature": filters.temperature,
+        "records": torch.empty((n, 3, field), dtype=torch.float32, device=logits.device),
         "columns": columns, "inner_rows": logits.shape[1], "stride_o": stride_o, "stride_i": stride_i, "n_tiles": n_tiles, "field": field,
         "TILE": tile,
     }  # fmt: skip
@@ -294,8 +296,8 @@ def launches(
     return [first, Launch(_filter_kernel, n, arguments, warps)]
 
 
-def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
+def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
     """As ``primitives.filter_rows.reference``."""
     with on_device_of(logits):
-        for launch in launches(logits, columns, filters, out):
+        for launch in launches(logits, columns, filters, out, chosen_rows=rows):
             launch.run()

@@ -33,6 +33,7 @@ PRIMITIVES = (
     "filter_rows",
     "sample_rows",
     "weigh_rows",
+    "coin",
     "window_importance",
     "key_redundancy",
     "kv_gather",

@@ -17,7 +17,7 @@ _OUTPUTS = (
 )  # fmt: skip
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "pair_stats", "pair_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows",
+    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", "coin",
 )  # fmt: skip
 _MODES = {"plain": 0, "residual": 1, "gate": 2}
 
@@ -30,7 +30,7 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
     for t in tensors:
         if t.device.type != "cpu":
             return f"the C++ kernels serve CPU tensors; got {t.device}"
-        if t.dtype not in (_DTYPES if t is tensors[0] else _TAKEN):
+        if t.dtype not in (_DTYPES if t is tensors[0] and primitive != "coin" else _TAKEN):
             return f"numbers must be float32, bfloat16, float16 or float64; got {t.dtype}"
         if t.is_floating_point() and t.stride(-1) != 1 and t.shape[-1] > 1:
             return f"the last stride must be 1; got {t.stride(-1)}"
@@ -118,10 +118,11 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     )  # fmt: skip
 
 
-def filter_rows(logits: Tensor, columns: int, filters, out: dict[str, Tensor]) -> None:
-    filters = [t.contiguous() for t in filters]
+def filter_rows(logits: Tensor, columns: int, filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    filters, rows = [t.contiguous() for t in filters], None if rows is None else rows.contiguous()
     _cpp.filter_rows(
-        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), columns, [t.data_ptr() for t in filters], torch.get_num_threads(),
+        _DTYPES[logits.dtype], logits.data_ptr(), _shape(logits), columns, [t.data_ptr() for t in filters],
+        0 if rows is None else rows.data_ptr(), out["lse"].numel(), torch.get_num_threads(),
         [out[name].data_ptr() for name in ("bar", "lse", "lse_all", "expected", "argmax")],
     )  # fmt: skip
 
@@ -145,6 +146,10 @@ def weigh_rows(first, second, scale: Tensor | None, mode: str, columns: int, out
         _MODES[mode], _operand(first), _operand(second), 0 if scale is None else scale.data_ptr(), first.rows.shape[0], columns,
         torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
+
+
+def coin(seeds: Tensor, positions: Tensor, offsets: Tensor, stream: int, out: Tensor) -> None:
+    _cpp.coin(seeds.data_ptr(), positions.data_ptr(), offsets.data_ptr(), stream, out.numel(), out.data_ptr())
 
 
 def isa() -> str:

@@ -14,6 +14,7 @@ from ..primitives.pair_stats import reference as pair_stats
 from ..primitives.pair_stats import reference_backward as pair_stats_backward
 from ..primitives.recurrence_update import reference as recurrence_update
 from ..primitives.sample_rows import reference as sample_rows
+from ..primitives.sample_rows import reference_coin as coin
 from ..primitives.sample_rows import reference_mass as weigh_rows
 from ..primitives.topk_select import reference as topk_select
 from ..primitives.vocab_stats import reference as vocab_stats
@@ -21,6 +22,7 @@ from ..primitives.vocab_stats import reference_backward as vocab_stats_backward
 from ..primitives.window_importance import reference as window_importance
 
 __all__ = [
+    "coin",
     "draw_rows",
     "filter_rows",
     "gather_dot",

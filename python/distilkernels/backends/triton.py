@@ -17,7 +17,7 @@ from ..primitives.topk_select import TopK
 
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows",
+    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", "coin",
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,10 +118,10 @@ def draw_rows(logits: Tensor, tau: float, seeds: Tensor, positions: Tensor, head
     launch(logits, tau, seeds, positions, head, out)
 
 
-def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
+def filter_rows(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
     from ..kernels.filter_rows import filter_rows as launch
 
-    launch(logits, columns, filters, out)
+    launch(logits, columns, filters, out, rows)
 
 
 def sample_rows(
@@ -136,3 +136,9 @@ def weigh_rows(first: Operand, second: Operand | None, scale: Tensor | None, mod
     from ..kernels.sample_rows import weigh_rows as launch
 
     launch(first, second, scale, mode, columns, out)
+
+
+def coin(seeds: Tensor, positions: Tensor, offsets: Tensor, stream: int, out: Tensor) -> None:
+    from ..kernels.coin import coin as launch
+
+    launch(seeds, positions, offsets, stream, out)

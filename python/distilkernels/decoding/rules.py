@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..primitives.filter_rows import Filtered
 from .block import Block
 from .sampling import Sampling
 
@@ -23,11 +24,13 @@ Number = float | int | Tensor
 class Rule:
     """A rule of one's own subclasses this and defines :meth:`accept`.
 
-    ``needs_proposer``: whether P is read. ``at_rejection``: "draw" from Q, "residual" (from max(c·Q − P, 0), c = :meth:`scale`), "retry"
-    (see :class:`ReverseSpeculative`) or "argmax". ``bonus``: after the last proposal None, "draw" or "argmax".
+    ``needs_proposer``: whether P is read. ``needs_mass``: whether :attr:`.block.Block.mass_above` is. ``at_rejection``: "draw" from Q,
+    "residual" (from max(c·Q − P, 0), c = :meth:`scale`), "retry" (see :class:`ReverseSpeculative`) or "argmax". ``bonus``: after the last
+    proposal None, "draw" or "argmax".
     """
 
     needs_proposer: bool = False
+    needs_mass: bool = False
     at_rejection: str = "draw"
     bonus: str | None = None
 
@@ -37,7 +40,7 @@ class Rule:
 
     def length(self, block: Block) -> Tensor:
         """int64 [B]: how many proposals are accepted."""
-        return (self.accept(block) & block.present).long().cumprod(1).sum(1)
+        return (self.accept(block) & block.present).cumprod(1).sum(1)
 
     def scale(self, block: Block, accepted: Tensor) -> Tensor:
         """c of the residual, float64 [B]."""
@@ -113,12 +116,21 @@ class ReverseSpeculative(Rule):
     def proposer_sampling(self, proposer: Sampling) -> Sampling:
         return proposer.limited(self.proposer_top_k)
 
+    def bar(self, block: Block, law: Filtered, narrow: Filtered | None) -> Tensor:
+        """The raw logits [B, R] or [B] from which a token passes, by laws of the judge before and after judge_top_k: one threshold for
+        proposals and for the pool."""
+        min_prob = block.per_request(self.min_prob)
+        bar = law.bar_of(min_prob if law.lse.dim() == 2 else min_prob[:, 0])
+        return bar if narrow is None else torch.maximum(bar, narrow.bar)
+
     def passing(self, block: Block) -> Tensor:
-        """The raw logits [B, R] from which a token passes: one threshold for proposals and for the pool."""
-        bar = block.judge.law.bar_of(block.per_request(self.min_prob))
-        return bar if self.judge_top_k is None else torch.maximum(bar, block.fallback.bar)
+        """:meth:`bar` at every row [B, R]."""
+        return self.bar(block, block.judge.law, None if self.judge_top_k is None else block.fallback.law)
 
     def accept(self, block: Block) -> Tensor:
+        if self.judge_top_k is not None and block.judge.plain is not None:
+            # what top_k alone leaves is known from the rank: no row is filtered
+            return (block.logits >= self.bar(block, block.judge_law, None)) & (block.rank < block.per_request(self.judge_top_k))
         return block.logits >= self.passing(block)[:, : block.ids.shape[1]]
 
 
@@ -143,13 +155,15 @@ class TopPAcceptance(Rule):
 
     p: Number = 0.9
     bonus: str | None = None
+    needs_mass = True
 
     def __post_init__(self):
         _checked(self, p=(0, math.inf, "at least 0"))
 
     def accept(self, block: Block) -> Tensor:
         p = block.per_request(self.p)
-        inside = (block.log_q > -math.inf) & (block.logits >= block.bar_of_mass(p)) & (p > 0)
+        likely = block.logits >= block.bar_of_mass(p) if block.mass_above is None else block.mass_above < p
+        inside = (block.log_q > -math.inf) & likely & (p > 0)
         return inside | (p >= 1)
 
 
@@ -185,38 +199,21 @@ class BlockVerification(Rule):
     def __post_init__(self):
         _checked(self)
 
-    def _prefix(self, block: Block) -> Tensor:
-        """p_0 … p_G float64 [B, G + 1]; past the present proposals whatever.
-
-        In logs p is a random walk that reflects at 0: s_i = L_i − max(0, max_{j ≤ i} L_j) with L the sums of log Q/P. A ratio of e^1000
-        stands for the infinite one (P = 0 < Q), which leaves the difference that follows exact to 1e-13.
-        """
-        ratio = torch.where(block.log_q == -math.inf, -math.inf, block.log_q - block.log_p).clamp(max=1000)
-        count = torch.arange(ratio.shape[1], device=ratio.device)
-        later = count[:, None] < count
-        sums = ratio[:, None, :].masked_fill(later, 0).sum(-1)
-        if not ratio.shape[1]:
-            return sums.new_ones(sums.shape[0], 1)
-        highest = sums[:, None, :].masked_fill(later, -math.inf).amax(-1).clamp(min=0)
-        return torch.nn.functional.pad((sums - highest).exp(), (1, 0), value=1.0)
-
     def length(self, block: Block) -> Tensor:
         g = block.ids.shape[1]
         if not g:
             return torch.zeros_like(block.lengths)
-        p = self._prefix(block)
+        p = block.prefix[:, 1:]
         count = torch.arange(1, g + 1, device=p.device)
-        last = count == block.lengths[:, None]
         # rows g and beyond the present proposals have no P: their h is not asked for
-        rows = torch.where((count < block.lengths[:, None]) & (count < g), count, -1)
-        z = block.residual_mass(p[:, 1:], rows)
-        h = torch.where((z == 0) & (p[:, 1:] == 1), 1.0, z / (z + 1 - p[:, 1:]))
-        h = torch.where(last, p[:, 1:], h)
-        kept = block.present & (block.uniforms <= h)
-        return torch.where(kept, count, 0).amax(1)
+        last, behind = count == block.lengths[:, None], count >= block.lengths[:, None]
+        z = block.residual_mass(p, count.clamp(max=g - 1).expand(p.shape), behind)
+        h = (z / (z + 1 - p)).masked_fill((z == 0) & (p == 1), 1.0)
+        kept = block.present & (block.uniforms <= torch.where(last, p, h))
+        return (kept * count).amax(1)
 
     def scale(self, block: Block, accepted: Tensor) -> Tensor:
-        return self._prefix(block).gather(1, accepted[:, None])[:, 0]
+        return block.prefix.gather(1, accepted[:, None])[:, 0]
 
 
 @dataclass(frozen=True, eq=False)

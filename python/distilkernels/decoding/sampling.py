@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..primitives.boundary import rows_of
-from ..primitives.filter_rows import Filtered, Filters, filtered
+from ..primitives.filter_rows import Filtered, Filters, Plain, filtered
 from ..primitives.head import Head
 from ..primitives.philox import Stream, checked_per_row
 from ..primitives.sample_rows import Noise, Operand, drawn
@@ -88,22 +88,37 @@ class Sampling:
         return Filters(each("temperature", 1, double), each("top_k", 0, torch.int64), each("top_p", 1, double), each("min_p", 0, double))
 
 
-def plain_law(stats: dict[str, Tensor], logits: Tensor) -> Filtered:
-    """The law of an unfiltered softmax at temperature 1, from statistics that hold lse, expected_logit and argmax."""
-    bad = ~stats["lse"].isfinite()
-    lse = stats["lse"].masked_fill(bad, math.nan)
+PLAIN_LAW = ("lse", "expected_logit", "argmax")
+
+
+def raw_statistics(rows: Tensor, ids: Tensor | None, columns: int, names: tuple[str, ...], backend: str | None) -> dict[str, Tensor]:
+    """Statistics at temperature 1 over the first `columns` of rows [O, I, V], at ids [B, R] in whose shape they come; flat without.
+
+    A row with a NaN, a +inf or nothing but −inf has lse NaN.
+    """
+    head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
+    found = statistics(rows, None if ids is None else ids.reshape(-1, 1), None, names, head, backend)
+    found["lse"].nan_to_num_(math.nan, math.nan, math.nan)
+    return found if ids is None else {name: t.view(ids.shape) for name, t in found.items()}
+
+
+def plain_law(stats: dict[str, Tensor], logits: Tensor) -> Plain:
+    """The law of an unfiltered softmax at temperature 1, from raw statistics that hold :data:`PLAIN_LAW`."""
+    lse, bad = stats["lse"], stats["lse"].isnan()
     bar = torch.full_like(lse, -math.inf, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    argmax = stats["argmax"].masked_fill(bad, -1)
-    return Filtered(torch.ones_like(lse), bar.masked_fill(bad, math.nan), lse, lse, stats["expected_logit"].masked_fill(bad, math.nan), argmax)
+    # of a row without a law the expected logit is NaN already
+    return Plain(torch.ones_like(lse), bar.masked_fill_(bad, math.nan), lse, lse, stats["expected_logit"], stats["argmax"].masked_fill(bad, -1))
 
 
-def law_of(rows: Tensor, columns: int, sampling: Sampling, requests: int, backend: str | None) -> Filtered:
-    """The filtered softmax of every row of [O, I, V], `requests` of equally many rows each, over the first `columns`."""
+def law_of(rows: Tensor, columns: int, sampling: Sampling, requests: int, backend: str | None, chosen: Tensor | None = None) -> Filtered:
+    """The filtered softmax of every row of [O, I, V], `requests` of equally many rows each, over the first `columns`.
+
+    `chosen` int64 [requests]: of one row a request, in its place among all."""
     if sampling.plain:
-        head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
-        return plain_law(statistics(rows, None, None, ("lse", "expected_logit", "argmax"), head, backend), rows)
-    n = rows.shape[0] * rows.shape[1]
-    return filtered(rows, columns, sampling.filters(requests, n // max(requests, 1), rows.device), backend)
+        law = plain_law(raw_statistics(rows, None, columns, PLAIN_LAW, backend), rows)
+        return law if chosen is None else law.at(chosen)
+    each = 1 if chosen is not None else rows.shape[0] * rows.shape[1] // max(requests, 1)
+    return filtered(rows, columns, sampling.filters(requests, each, rows.device), backend, chosen)
 
 
 @torch.no_grad()

@@ -1,27 +1,29 @@
 """``verify``: one block of proposals against a judge's rows, under any rule, with the labels a trainer needs.
 
-Whatever the rule, the block length and the batch: one read of the judge's rows for the labels, the ranks and (unfiltered) the
-law; one more per side that is filtered; one read of the proposer's rows; one row per request for the draw. Nothing waits for
-the device.
+Whatever the block length and the batch: one read of each side's rows for the labels, the ranks and (unfiltered) the laws; one more of a
+filtered side where the rule judges by its law; one row per request for the draw. Block verification compares the rows once more. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..primitives.boundary import rows_of
+from ..primitives.filter_rows import Filtered
 from ..primitives.head import Head
 from ..primitives.philox import Stream, checked_per_row
 from ..primitives.sample_rows import Drawn, Noise, coin, drawn, mass
-from ..primitives.vocab_stats import checked_logits, presented, statistics
-from .block import Block, Side
+from ..primitives.vocab_stats import checked_logits, presented
+from .block import Block, Side, among_all
 from .rules import Rule
-from .sampling import Sampling, checked_sampling, law_of, plain_law
+from .sampling import PLAIN_LAW, Sampling, checked_sampling, plain_law, raw_statistics
 
 
 class Source(IntEnum):
@@ -113,83 +115,75 @@ def verify(
     judged_columns, proposed_columns = (min(width, valid_vocab or width) for width in (widths[0], widths[-1]))
     columns = min(judged_columns, proposed_columns)
     seeds, positions = (checked_per_row(name, value, (b,), device) for name, value in (("seeds", seeds), ("positions", positions)))
-    lengths = torch.full((b,), g, device=device) if lengths is None else _checked_lengths(lengths, b, g, device)
+    lengths = None if lengths is None else _checked_lengths(lengths, b, g, device)
 
     if not r:
         return _nothing(b, device, judge_logits.dtype)
 
-    place = torch.arange(g, device=device)
-    known = (place < lengths[:, None]) & (ids >= 0) & (ids < columns)
-    present = known.long().cumprod(1).bool()
-    count = present.sum(1)
-    asked = torch.where(present, ids, -1)
+    place = torch.arange(g + 1, device=device)
+    gone = (ids < 0) | (ids >= columns)
+    if lengths is not None:
+        gone = gone | (place[:g] >= lengths[:, None])
+    gone = gone.cumsum(1) > 0
+    asked = ids.masked_fill(gone, -1)
 
-    rows = rows_of(judge_logits)
-    raw = _raw_statistics(rows, torch.nn.functional.pad(asked, (0, r - g), value=-1), judged_columns, backend)
-    law = plain_law(raw, rows) if judge.plain and columns == judged_columns else law_of(rows, columns, judge, b, backend)
-    law = law.view(b, r)
+    rows, own = rows_of(judge_logits), judge.plain and columns == judged_columns
+    wanted = ("gathered", "rank", *PLAIN_LAW, *(("mass_above",) if rule.needs_mass and own else ()))
+    raw = raw_statistics(rows, asked if r == g else torch.nn.functional.pad(asked, (0, 1), value=-1), judged_columns, wanted, backend)
+    side = Side(rows, raw["gathered"][:, :g], plain_law(raw, rows) if own else None, judge, columns, (b, r), backend)
     drawing = rule.judge_sampling(judge)
-    fallback = law if drawing is judge else law_of(rows, columns, drawing, b, backend).view(b, r)
-    proposed = y = proposer_lse = None
+    fallback = side if drawing is judge else replace(side, plain=None, sampling=drawing)
+    p_raw = proposed = None
     if proposer_logits is not None:
-        p_rows = rows_of(proposer_logits)
-        p_raw = _raw_statistics(p_rows, asked, proposed_columns, backend, ranks=False)
-        y, proposer_lse = p_raw["gathered"].view(b, g), p_raw["lse"].view(b, g)
+        p_rows, proposing, p_shared = rows_of(proposer_logits), rule.proposer_sampling(proposer), columns == proposed_columns
+        p_own = rule.needs_proposer and proposing.plain and p_shared
+        p_raw = raw_statistics(p_rows, asked, proposed_columns, ("gathered", *(PLAIN_LAW if p_own else ("lse",))), backend)
         if rule.needs_proposer:
-            proposed = Side(p_rows, law_of(p_rows, columns, rule.proposer_sampling(proposer), b, backend).view(b, g))
+            proposed = Side(p_rows, p_raw["gathered"], plain_law(p_raw, p_rows) if p_own else None, proposing, columns, (b, g), backend)
 
-    # a row without a law ends its request before it: nothing there can be accepted or drawn
-    broken = law.lse.isnan() | fallback.lse.isnan()
-    unproposed = torch.zeros_like(broken) if proposed is None else torch.nn.functional.pad(proposed.law.lse.isnan(), (0, r - g))
-    present = present & (~(broken | unproposed)[:, :g]).long().cumprod(1).bool()
-    sound = present.sum(1)
-
-    x = raw["gathered"].view(b, r)[:, :g]
-    here = law.at((slice(None), slice(0, g)))
+    # a row without a law ends its request before it: nothing there can be accepted or drawn. Filters leave something of every row, but
+    # of the columns that both sides have there may be none
+    broken = (raw["lse"] if columns == judged_columns else side.law.lse).isnan()
+    unproposed = None if proposed is None else (p_raw["lse"] if p_shared else proposed.law.lse).isnan()
+    stopped = gone | broken[:, :g]
+    stopped = (stopped if unproposed is None else stopped | unproposed).cumsum(1) > 0
     block = Block(
-        ids=asked.clamp(min=0), present=present, lengths=sound, logits=x, rank=raw["rank"].view(b, r)[:, :g], log_q=here.logprob(x, asked),
-        log_p=None if proposed is None else proposed.law.logprob(y, asked),
-        uniforms=coin(seeds[:, None], positions[:, None], place, int(Stream.ACCEPTANCE)),
-        judge=Side(rows, law), proposer=proposed, fallback=fallback, columns=columns, backend=backend,
+        ids=asked.clamp(min=0), present=~stopped, rank=raw["rank"][:, :g], mass_above=raw["mass_above"][:, :g] if "mass_above" in raw else None,
+        judge=side, proposer=proposed, fallback=fallback, columns=columns, seeds=seeds, positions=positions, backend=backend,
     )  # fmt: skip
     accepted = rule.length(block)
 
-    finished = (accepted == count) & (count == lengths)
-    absent = (accepted == count) & ~finished  # the next proposal is one that cannot be judged: a draw from Q, not the residual
-    has_row = accepted < r
-    drawn_here = has_row & (~finished if rule.bonus is None else torch.ones_like(finished))
-    row = accepted.clamp(max=r - 1)
+    # neither finished nor rejected: the next proposal is one that cannot be judged, which gives a draw from Q, not the residual
+    finished, rejected = accepted == (g if lengths is None else lengths), accepted < g - gone.sum(1)
+    row = among_all(accepted if r > g else accepted.clamp(max=r - 1), r)
+    p_row = among_all(accepted.clamp(max=g - 1), g) if g and p_raw is not None else None
+    draws = ~finished if rule.bonus is None else accepted < r
     # P is not asked for behind the last proposal, nor where there is none to compare
-    needed = broken | (unproposed & (~finished & ~absent)[:, None])
-    valid = ~(drawn_here & needed.gather(1, row[:, None])[:, 0])
-    draws = drawn_here & valid
-    found, source = _next(rule, block, fallback, row, draws, finished, absent, Noise(seeds, positions, accepted, int(Stream.FALLBACK)), judged_columns)
+    needed = broken.take(row) if unproposed is None or not g else broken.take(row) | (unproposed.take(p_row) & rejected)
+    valid = ~(draws & needed)
+    after = After(row, p_row, draws & valid, finished, rejected, Noise(seeds, positions, accepted, int(Stream.FALLBACK)))
+    found, source = drawn_after(rule, block, after, judged_columns)
 
     token = found.token
-    next_rows = row[:, None]
-    next_logprob = found.value.double() - raw["lse"].view(b, r).gather(1, next_rows)[:, 0]
-    entropy = (raw["lse"] - raw["expected_logit"]).view(b, r)
-    kept = torch.arange(g + 1, device=device) < accepted[:, None]
-    at_next = (torch.arange(g + 1, device=device) == accepted[:, None]) & (token >= 0)[:, None]
-    dtype = judge_logits.dtype
-
-    def label(accepted_values: Tensor, next_values: Tensor, nothing) -> Tensor:
-        wide = torch.nn.functional.pad(accepted_values, (0, g + 1 - accepted_values.shape[1]), value=nothing)
-        return torch.where(at_next, next_values[:, None], wide.masked_fill(~kept, nothing))
-
-    proposer_labels = torch.full((b, g + 1), math.nan, dtype=torch.float64, device=device)
-    if proposer_logits is not None and g:
-        safe = accepted.clamp(max=g - 1)
-        z = proposer_logits[torch.arange(b, device=device), safe, token.clamp(0, proposer_logits.shape[2] - 1)].double()
-        missing = finished | (token < 0) | (token >= proposed_columns)
-        after = (z - proposer_lse.gather(1, safe[:, None])[:, 0]).masked_fill(missing, math.nan)
-        proposer_labels = label(y.double() - proposer_lse, after, math.nan)
+    none = token < 0
+    entropy = raw["lse"] - raw["expected_logit"]
+    labels = torch.full((3, b, g + 1), math.nan, dtype=entropy.dtype, device=device)
+    at_next = labels.new_full((3, b), math.nan)
+    # without a token found.value is NaN
+    labels[0, :, :r], at_next[0] = raw["gathered"] - raw["lse"], found.value - raw["lse"].take(row)
+    labels[1, :, :r], at_next[1] = entropy, entropy.take(row).masked_fill(none, math.nan)
+    if p_raw is not None and g:
+        labels[2, :, :g] = p_raw["gathered"] - p_raw["lse"]
+        z = proposer_logits[torch.arange(b, device=device), accepted.clamp(max=g - 1), token.clamp(0, proposer_logits.shape[2] - 1)]
+        at_next[2] = (z - p_raw["lse"].take(p_row)).masked_fill(finished | none | (token >= proposed_columns), math.nan)
+    behind = place >= accepted[:, None]
+    rank = torch.where(behind, -1, raw["rank"] if r > g else torch.nn.functional.pad(raw["rank"], (0, 1)))
+    labels = labels.masked_fill_(behind, math.nan).scatter_(2, accepted.expand(3, b)[..., None], at_next[..., None])
+    labels = presented(labels, judge_logits.dtype)
     return Verdict(
-        valid=valid, num_accepted=accepted, next_token=token, next_source=torch.where(token < 0, int(Source.NONE), source), accepted=kept[:, :g],
-        judge_logprobs=presented(label(x.double() - raw["lse"].view(b, r)[:, :g], next_logprob, math.nan), dtype),
-        proposer_logprobs=presented(proposer_labels, dtype),
-        judge_rank=label(block.rank, found.rank, -1),
-        judge_entropy=presented(label(entropy[:, :g], entropy.gather(1, next_rows)[:, 0], math.nan), dtype),
+        valid=valid, num_accepted=accepted, next_token=token, next_source=source.masked_fill(none, int(Source.NONE)), accepted=~behind[:, :g],
+        judge_logprobs=labels[0], proposer_logprobs=labels[2], judge_rank=rank.scatter_(1, accepted[:, None], found.rank[:, None]),
+        judge_entropy=labels[1],
     )  # fmt: skip
 
 
@@ -204,50 +198,53 @@ def _nothing(b: int, device: torch.device, dtype: torch.dtype) -> Verdict:
     )  # fmt: skip
 
 
-def _next(
-    rule: Rule, block: Block, fallback, row: Tensor, draws: Tensor, finished: Tensor, absent: Tensor, noise: Noise, vocab: int
-) -> tuple[Drawn, Tensor]:
-    """(the token after the accepted ones, its source) for every request of `draws`."""
-    rejected = ~finished & ~absent
+class After(NamedTuple):
+    """The row after the accepted proposals, [B]: ``row`` among all of the judge's rows and ``p_row`` of the proposer's, whether a token is
+    drawn from it, whether all proposals were accepted or one rejected, and the draw's noise."""
+
+    row: Tensor
+    p_row: Tensor | None
+    draws: Tensor
+    finished: Tensor
+    rejected: Tensor
+    noise: Noise
+
+
+def drawn_after(rule: Rule, block: Block, after: After, vocab: int) -> tuple[Drawn, Tensor]:
+    """(the token after the accepted ones, its source) for every request that draws one."""
+    noise, finished = after.noise, after.finished
     at_rejection = rule.at_rejection if block.ids.shape[1] else "draw"
-    place = torch.arange(row.shape[0], device=row.device), row
-    law = fallback.at(place)
+    law = block.fallback.law_at(after.row)
     # an argmax is a draw at temperature 0
-    cold = torch.where(finished, rule.bonus == "argmax", at_rejection == "argmax")
-    law = law._replace(temperature=torch.where(cold, 0.0, law.temperature))
-    source = torch.where(finished, int(Source.BONUS), int(Source.FALLBACK))
+    if "argmax" in (at_rejection, rule.bonus):
+        cold = torch.where(finished, rule.bonus == "argmax", at_rejection == "argmax")
+        law = Filtered(*law)._replace(temperature=law.temperature.masked_fill(cold, 0))
+    source = torch.full_like(after.row, int(Source.FALLBACK))
+    if rule.bonus is not None:
+        source.masked_fill_(finished, int(Source.BONUS))
     options = {"vocab": vocab, "backend": block.backend}
-    rows = torch.where(draws, row, -1)
+    first = block.judge.operand(after.row, ~after.draws, law)
     if at_rejection == "residual":
-        compared = torch.where(draws & rejected, row, -1)
-        found = drawn(
-            block.judge.operand(rows, law), noise, block.columns, second=block.proposer.operand(compared), scale=rule.scale(block, noise.offsets),
-            mode="residual", **options,
-        )  # fmt: skip
-        return found, torch.where(found.compared, int(Source.RESIDUAL), source)
+        second = block.proposer.operand(after.p_row, ~(after.draws & after.rejected), block.proposer.law_at(after.p_row))
+        found = drawn(first, noise, block.columns, second=second, scale=rule.scale(block, noise.offsets), mode="residual", **options)
+        return found, source.masked_fill_(found.compared, int(Source.RESIDUAL))
     if at_rejection != "retry":
-        return drawn(block.judge.operand(rows, law), noise, block.columns, **options), source
+        return drawn(first, noise, block.columns, **options), source
 
     # trials 2 … T at once: a coin against their joint failure, and one draw from the part of the pool that passes
-    tried = torch.where(draws & rejected, row, -1)
-    pool, gate = block.proposer.operand(tried), block.judge.operand(tried)
-    gate = gate._replace(law=gate.law._replace(bar=rule.passing(block)[place]))
+    untried = ~(after.draws & after.rejected)
+    pool = block.proposer.operand(after.p_row, untried, block.proposer.law_at(after.p_row))
+    judged = block.judge.law_at(after.row)
+    bar = rule.bar(block, judged, None if rule.judge_top_k is None else law)
+    gate = block.judge.operand(after.row, untried, Filtered(*judged)._replace(bar=bar))
     share = mass(pool, block.columns, second=gate, mode="gate", backend=block.backend).clamp(0, 1)
     success = -torch.expm1((rule.trials - 1) * torch.log1p(-share))
-    won = (tried >= 0) & (coin(noise.seeds, noise.positions, noise.offsets, int(Stream.RETRY_COIN)) < success)
-    pool, gate = (o._replace(rows=torch.where(won, o.rows, -1)) for o in (pool, gate))
+    won = ~untried & (coin(noise.seeds, noise.positions, noise.offsets, int(Stream.RETRY_COIN), block.backend) < success)
+    pool, gate = (o._replace(rows=o.rows.masked_fill(~won, -1)) for o in (pool, gate))
     retried = drawn(pool, noise._replace(stream=int(Stream.RETRY_DRAW)), block.columns, second=gate, mode="gate", **options)
-    found = drawn(block.judge.operand(torch.where(won, -1, rows), law), noise, block.columns, **options)
+    found = drawn(first._replace(rows=first.rows.masked_fill(won, -1)), noise, block.columns, **options)
     both = Drawn(*(torch.where(won, theirs.to(mine.dtype), mine) for mine, theirs in zip(found, retried)))
-    return both, torch.where(won, int(Source.ACCEPTED), source)
-
-
-def _raw_statistics(rows: Tensor, ids: Tensor, columns: int, backend: str | None, ranks: bool = True) -> dict[str, Tensor]:
-    """Labels at temperature 1 from one read: of rows [O, I, V] at ids [B, R]."""
-    names = ("lse", "gathered", "expected_logit", "argmax", "rank") if ranks else ("lse", "gathered")
-    head = Head(valid_vocab=None if columns == rows.shape[2] else columns)
-    found = statistics(rows, ids.reshape(-1, 1).contiguous(), None, names, head, backend)
-    return found | {"lse": found["lse"].masked_fill(~found["lse"].isfinite(), math.nan)}
+    return both, source.masked_fill_(won, int(Source.ACCEPTED))
 
 
 def _checked_lengths(lengths, b: int, g: int, device: torch.device) -> Tensor:

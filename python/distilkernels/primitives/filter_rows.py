@@ -57,12 +57,12 @@ class Filtered(NamedTuple):
 
     def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
         """log Q at `ids`, whose raw logits are `x`, float64: both of the fields' shape, or [..., K] beside it; −inf where filtered."""
-        wide = (..., *(None,) * (x.dim() - self.bar.dim()))
-        cold = (self.temperature == 0)[wide]
-        warm = (x.double() / torch.where(cold, 1.0, self.temperature[wide])) - self.lse[wide]
-        kept = torch.where(cold, ids == self.argmax[wide], x >= self.bar[wide])
-        found = torch.where(cold, 0.0, warm).masked_fill(~kept | (ids < 0), -math.inf)
-        return torch.where(self.lse.isnan()[wide], math.nan, found)
+        if x.dim() > self.bar.dim():
+            return Filtered(*(t[..., None] for t in self)).logprob(x, ids)
+        cold = self.temperature == 0
+        warm = (x / self.temperature.masked_fill(cold, 1) - self.lse).masked_fill(cold, 0)
+        kept = torch.where(cold, ids == self.argmax, x >= self.bar) & (ids >= 0)
+        return warm.masked_fill(~kept, -math.inf).masked_fill(self.lse.isnan(), math.nan)
 
     def bar_of(self, probability: Tensor | float) -> Tensor:
         """The raw logit from which Q_v ≥ probability, in the fields' shape and `bar`'s dtype: T·(log probability + lse), rounded up.
@@ -77,25 +77,46 @@ class Filtered(NamedTuple):
         bar = torch.where(cold, self.bar, torch.maximum(bar, self.bar))
         return torch.where((wanted == -math.inf) & ~self.bar.isnan(), -math.inf, bar)
 
-    def at(self, index) -> Filtered:
-        """The laws of some rows: any index over the fields."""
-        return Filtered(*(t[index] for t in self))
+    def at(self, index: Tensor) -> Filtered:
+        """The laws of some rows: flat indices, fields of their shape."""
+        return type(self)(*(t.take(index) for t in self))
+
+    def first(self, rows: int) -> Filtered:
+        """The first `rows` of fields [B, R]."""
+        return self if self.lse.shape[1] == rows else type(self)(*(t[:, :rows] for t in self))
 
     def view(self, *shape: int) -> Filtered:
-        return Filtered(*(t.view(*shape) for t in self))
+        return type(self)(*(t.view(*shape) for t in self))
 
 
-def allocate(logits: Tensor) -> dict[str, Tensor]:
-    n, device, double = logits.shape[0] * logits.shape[1], logits.device, row_dtype(logits.device)
+class Plain(Filtered):
+    """The same of rows that nothing filters, at T = 1: temperature is 1, bar −inf and lse_all is lse."""
+
+    def logprob(self, x: Tensor, ids: Tensor) -> Tensor:
+        lse = self.lse if x.dim() == self.lse.dim() else self.lse[..., None]
+        return (x - lse).masked_fill(ids < 0, -math.inf)
+
+    def bar_of(self, probability: Tensor | float) -> Tensor:
+        exact = self.lse + torch.as_tensor(probability, dtype=self.lse.dtype, device=self.lse.device).log()
+        bar = exact.to(self.bar.dtype)
+        return torch.where(bar < exact, torch.nextafter(bar, bar.new_full((), math.inf)), bar)
+
+
+def allocate(logits: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+    n = logits.shape[0] * logits.shape[1] if rows is None else rows.shape[0]
+    device, double = logits.device, row_dtype(logits.device)
     out = {name: torch.empty(n, dtype=double, device=device) for name in ("lse", "lse_all", "expected")}
     out["bar"] = torch.empty(n, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=device)
     out["argmax"] = torch.empty(n, dtype=torch.int64, device=device)
     return out
 
 
-def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor]) -> None:
-    """Writes `out` for the first `columns` of logits [O, I, V] with last stride 1. The definition, by a sort, in float64."""
-    x = logits[..., :columns].reshape(-1, columns).double()
+def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    """Writes `out` for the first `columns` of logits [O, I, V] with last stride 1. The definition, by a sort, in float64.
+
+    `rows` int64 [N]: which rows, of O·I; `filters` and `out` are then theirs."""
+    x = logits[..., :columns].reshape(-1, columns)
+    x = (x if rows is None else x[rows]).double()
     n = x.shape[0]
     top = x.amax(-1)
     bad = ~top.isfinite() | x.isnan().any(-1)
@@ -127,10 +148,10 @@ def reference(logits: Tensor, columns: int, filters: Filters, out: dict[str, Ten
     out["argmax"].copy_((x == top[:, None]).int().argmax(-1).masked_fill(bad, -1) if n else out["argmax"])
 
 
-def filtered(logits: Tensor, columns: int, filters: Filters, backend: str | None = None) -> Filtered:
-    """The filters' outcome for the first `columns` of logits [O, I, V] with last stride 1."""
+def filtered(logits: Tensor, columns: int, filters: Filters, backend: str | None = None, rows: Tensor | None = None) -> Filtered:
+    """The filters' outcome for the first `columns` of logits [O, I, V] with last stride 1, or of `rows` int64 [N] of the O·I."""
     launch = resolve("filter_rows", logits, backend=backend)
-    out = allocate(logits)
+    out = allocate(logits, rows)
     if logits.numel():
-        launch(logits, columns, filters, out)
+        launch(logits, columns, filters, out, *(() if rows is None else (rows,)))
     return Filtered(filters.temperature, **out)

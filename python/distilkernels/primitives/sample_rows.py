@@ -72,10 +72,20 @@ def uniforms_at(noise: Noise, columns: int) -> Tensor:
     return uniform32(torch.stack(words, -1).flatten(1))[:, :columns]
 
 
-def coin(seeds: Tensor, positions: Tensor, offsets: Tensor, stream: int) -> Tensor:
-    """53-bit uniforms, float64, of words 0 and 1 at v = 0, broadcast: for tests against a probability rather than a race."""
+def reference_coin(seeds: Tensor, positions: Tensor, offsets: Tensor, stream: int, out: Tensor) -> None:
+    """Writes `out`, of the places' shape."""
     words = philox(seeds, (0, positions, offsets, stream))
-    return uniform53(words[0], words[1])
+    out.copy_(uniform53(words[0], words[1]))
+
+
+def coin(seeds: Tensor, positions: Tensor, offsets: Tensor, stream: int, backend: str | None = None) -> Tensor:
+    """53-bit uniforms, float64, of words 0 and 1 at v = 0, of int64 places broadcast: for tests against a probability rather than a race."""
+    places = [t.contiguous() for t in torch.broadcast_tensors(seeds, positions, offsets)]
+    launch = resolve("coin", *places, backend=backend)
+    out = torch.empty(places[0].shape, dtype=torch.float64, device=seeds.device)
+    if out.numel():
+        launch(*places, stream, out)
+    return out
 
 
 def _row(operand: Operand, columns: int) -> Tensor:
