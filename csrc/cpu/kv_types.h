@@ -75,7 +75,7 @@ struct RedundancySpace {
     double* total;
     // of the neighbours: k̂ in float; in bytes with scale and the norm of what that loses; keys without a neighbour yet, and with one
     float *unit, *panel, *products;
-    int8_t* bytes;
+    uint8_t* bytes;
     float *byte_scale, *byte_error;
     int32_t *found, *open, *closed;
     size_t used;
@@ -93,7 +93,7 @@ struct RedundancySpace {
         unit = carve.take<float>(m * width);
         panel = carve.take<float>(kMostColumns * (width + 3));
         products = carve.take<float>(kMostColumns * 8);
-        bytes = carve.take<int8_t>(m * width);
+        bytes = carve.take<uint8_t>(m * width);
         byte_scale = carve.take<float>(m);
         byte_error = carve.take<float>(m);
         found = carve.take<int32_t>(m);
