@@ -431,7 +431,7 @@ def test_sanitizers(tmp_path):
     if not subprocess.run([compiler, *flags, "-fopenmp", str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
         flags.append("-fopenmp")
     csrc = ROOT / "csrc" / "cpu"
-    sources = [*sorted(csrc.glob("kernels_*.cpp")), csrc / "isa.cpp", csrc / "sanitize" / "main.cpp"]
+    sources = [*sorted(csrc.glob("kernels_*.cpp")), csrc / "isa.cpp", csrc / "sanitize" / "main.cpp", csrc / "sanitize" / "kv.cpp"]
     compiling = [
         subprocess.Popen([compiler, *flags, "-c", str(s), "-o", str(tmp_path / f"{s.stem}.o")], stderr=subprocess.PIPE, text=True)
         for s in sources

@@ -24,6 +24,9 @@ struct Kernels {
     void (*weigh_rows)(const WeighRows&, Scratch&, int64_t begin, int64_t end);
     void (*window_importance)(const WindowImportance&, Scratch&, int64_t begin, int64_t end);
     void (*key_redundancy)(const KeyRedundancy&, Scratch&, int64_t begin, int64_t end);
+    void (*kv_gather)(const KvGather&, Scratch&, int64_t begin, int64_t end);
+    void (*kv_align)(const KvAlign&, Scratch&, int64_t begin, int64_t end);
+    void (*recurrence_update)(const RecurrenceUpdate&, Scratch&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

@@ -398,12 +398,10 @@ struct Scratch {
         entries_stride = ((a.columns + 2 * kMostBlock) * (a.dtype == DType::f64 ? 8 : 4) + kLine - 1) / kLine * kLine;
         entries = Unwritten(3 * entries_stride);
     }
-
-    template <class Args, class = decltype(&Args::workspace)>
-    explicit Scratch(const Args& a) : space(a.workspace()) {}
-
     explicit Scratch(const WeighRows&) {}
     explicit Scratch(const SampleRows&) {}
+    template <class Args, class = decltype(&Args::workspace)>
+    explicit Scratch(const Args& a) : space(a.workspace()) {}
 
     template <class S>
     S* entries_row(int index) const {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import cpp_kv
-from .cpp_kv import key_redundancy, window_importance
+from .cpp_kv import key_redundancy, kv_align, kv_gather, recurrence_update, window_importance  # noqa: F401
 
 try:
     from .. import _cpp
