@@ -50,13 +50,19 @@ struct AlignedPair {
         });
     }
 
+    // past the caches: all gradients together are larger
     void write(int64_t slot, const float* grad) const {
         const int64_t width = p.student.width;
         visit_narrow(p.student.dtype, [&](auto t) {
             using T = decltype(t);
             T* to = static_cast<T*>(p.grad) + slot * width;
+            const bool stream = reinterpret_cast<uintptr_t>(to) % 64 == 0;
             int64_t d = 0;
-            for (; d + Float::width <= width; d += Float::width) Float::store(to + d, Float::load(grad + d));
+            for (; d + Float::width <= width; d += Float::width) {
+                const auto g = Float::load(grad + d);
+                if (stream) Float::stream(to + d, g);
+                else Float::store(to + d, g);
+            }
             for (; d < width; ++d) narrow(grad[d], to[d]);
         });
     }
@@ -220,4 +226,5 @@ inline void kv_align(const KvAlign& a, Scratch& scratch, int64_t begin, int64_t 
             case Loss::cosine: a.sums[item] = align_directions(pair, coef); break;
         }
     }
+    end_of_streams();
 }
