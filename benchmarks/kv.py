@@ -5,6 +5,11 @@ twice on a GPU; bytes: T·D·itemsize as often. The floor on a CPU is that produ
 Redundancy "kava". Bytes: T·D·itemsize twice; the floor is those at the rate of a copy. "rkv" adds pairs: T²·D FLOPs at most.
 Gather. Bytes: M·(D + Dv)·itemsize read and written: a copy of so many.
 Alignment, forward + backward. Bytes: student and teacher read, gradient written; the floor is those at the rate of a copy.
+Compress: score by a method, select a quarter, gather. Bytes: keys once for each pass of its scores, and those of the gather.
+``generate``: see :mod:`.kv_generate`.
+
+Checked against fp64 forms up to T = 4,096, against the float32 listing beyond: a [T, T] in fp64 is 2 GiB a head there. For the same
+reason the listings run on one head at T = 16,384 (their peak is then below 6 GiB).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from distilkernels import backends, kv
 
+from . import kv_generate
 from .losses import isas
 from .measure import Contender, copy_contender, median, peak_extra_bytes, race
 
@@ -75,6 +81,17 @@ def rkv_listing(keys: Tensor) -> Tensor:
     columns = torch.where(similarity > 0.5, torch.arange(keys.shape[2], device=keys.device), 0)
     similarity.scatter_(-1, columns.amax(-1, keepdim=True), 0.0)
     return similarity.mean(2).softmax(-1)
+
+
+def composed_kava(queries: Tensor, keys: Tensor) -> Tensor:
+    return 0.1 * grouped_attention(queries, keys) + 0.9 * kava_listing(keys)
+
+
+def composed_rkv(queries: Tensor, keys: Tensor) -> Tensor:
+    """The last 8 queries on what came before them, the group's largest logit, max-pooled."""
+    q, t, d = queries[:, :, -8:], keys.shape[2] - 8, keys.shape[3]
+    logits = (q.reshape(q.shape[0], keys.shape[1], -1, d) @ keys[:, :, :t].mT * d**-0.5).unflatten(2, (-1, 8)).float().amax(2)
+    return 0.1 * F.max_pool1d(logits.softmax(-1).mean(2), 7, stride=1, padding=3) - 0.9 * rkv_listing(keys)[..., :t]
 
 
 def gathered(keys: Tensor, values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +154,26 @@ def gather(b: int, t: int, dtype: torch.dtype, device: str) -> Case:
     )  # fmt: skip
 
 
+def compression(method: kv.RKV | kv.KaVa, b: int, t: int, dtype: torch.dtype, device: str) -> Case:
+    heads, kv_heads, d = 32, 8, 128
+    keys = listing.keys_of("clustered", b, kv_heads, t, d).to(device, dtype)
+    g = torch.Generator().manual_seed(1)
+    queries, values = (torch.randn(*shape, d, generator=g).to(device, dtype) for shape in ((b, heads, WINDOW), keys.shape[:3]))
+    published, in_double = (composed_kava, listing.kava) if isinstance(method, kv.KaVa) else (composed_rkv, listing.rkv)
+
+    def composed() -> Tensor:
+        scores = published(queries, keys)
+        gathered(keys, values, scores.topk(t // 4 - method.protected, -1).indices.sort(-1).values)
+        return scores
+
+    scored = t - method.protected
+    return Case(
+        f"compress, {type(method).__name__}", (b, t, heads, kv_heads, d),
+        lambda: kv.compress(queries, keys, values, t // 4, method=method).scores[..., :scored], {"listings + topk + gather": composed},
+        lambda: in_double(queries.cpu(), keys.cpu()), 1e-5, (2 + 4 / 4) * keys.numel() * keys.element_size(),
+    )  # fmt: skip
+
+
 def alignment(b: int, dtype: torch.dtype, device: str) -> Case:
     heads, d, g = 8, 128, torch.Generator().manual_seed(0)
     make = lambda: torch.randn(b, heads, LATENTS, d, generator=g).to(device, dtype)
@@ -160,6 +197,9 @@ def cases(device: str, quick: bool) -> Iterator[tuple[torch.dtype, Case]]:
             for mode, kind in (("kava", "clustered"), ("rkv", "clustered"), ("rkv", "random")):
                 yield dtype, redundancy(mode, kind, 1 if t > 4096 else batch, t, dtype, device)
             yield dtype, gather(batch, t, dtype, device)
+            if t == LENGTHS[1]:
+                yield dtype, compression(kv.KaVa(), batch, t, dtype, device)
+                yield dtype, compression(kv.RKV(), batch, t, dtype, device)
         yield dtype, alignment(8, dtype, device)
 
 
@@ -190,7 +230,9 @@ def bench(device: str, repeats: int, quick: bool, progress) -> Iterator[dict]:
         made = [Contender("ours" if isa is None else f"ours {isa}", on_isa(isa, case.ours)) for isa in isas(device)]
         for contender in made:
             check(f"{case.name}: {contender.name}", contender.run(), exact, case.tolerance)
-        made += [Contender(name, run) for name, run in case.peers.items()]
+        for name, run in case.peers.items():
+            check(f"{case.name}: {name}", run(), exact, 1e-3 if dtype == torch.float32 else 0.1)
+            made.append(Contender(name, run))
         del exact
         peaks = {c.name: peak_extra_bytes(c.run, device) for c in made}
         floor = Contender("its GEMM alone", case.floor) if case.floor else copy_contender(device, max(int(case.nbytes) // 2, 4))
@@ -205,6 +247,10 @@ def bench(device: str, repeats: int, quick: bool, progress) -> Iterator[dict]:
                 "contender": name, "ms": round(ms, 3), "best_ms": round(min(taken), 3), "x_peer": round(peer / ms, 2),
                 "over_floor": round(ms / least, 2), "peak_mb": None if peaks.get(name) is None else round(peaks[name] / 2**20, 1),
             }  # fmt: skip
+    best = isas(device)[0]
+    if best is not None:
+        backends.module("cpp").set_isa(best)
+    yield from kv_generate.bench(device, repeats, quick, progress)
 
 
 def case_columns(case: Case, dtype: torch.dtype) -> tuple:

@@ -1,8 +1,9 @@
 // Which of a panel of unit keys may have a cosine above a threshold with others: a filter that never misses. Included inside each
 // ISA's namespace.
 //
-// Keys are compared in bytes where the machine multiplies bytes, unsigned with signed: k̂ = s·q + ε, |q| ≤ 127, kept as q + 128. What that loses is bounded by the norms of
-// the losses: |k̂_i·k̂_j − s_i·s_j·q_i·q_j| ≤ |ε_i|·|k̂_j| + |s_i·q_i|·|ε_j| ≤ |ε_i| + (1 + |ε_i|)·|ε_j|.
+// Keys are compared in bytes where the machine multiplies bytes, unsigned with signed: k̂ = s·q + ε, |q| ≤ 127, kept as q + 128. What
+// that loses is bounded by the norms of the losses:
+// |k̂_i·k̂_j − s_i·s_j·q_i·q_j| ≤ |ε_i|·|k̂_j| + |s_i·q_i|·|ε_j| ≤ |ε_i| + (1 + |ε_i|)·|ε_j|.
 
 // Of float arithmetic on unit vectors, with much to spare.
 constexpr float kRounding = 1e-5f;
@@ -118,7 +119,7 @@ inline void near_of_six(const RedundancySpace& s, const int32_t* ids, int64_t wi
     constexpr int64_t columns = kColumns<Float>;
     const float* rows[kRowsAtOnce];
     for (int r = 0; r < kRowsAtOnce; ++r) rows[r] = s.unit + ids[r] * padded(width);
-    products<Float>(s.panel, columns, rows, kRowsAtOnce, width, s.products, columns);
+    products<Float, Singles<Float>>(s.panel, columns, rows, kRowsAtOnce, width, 1, s.products, columns);
     const auto least = Float::set(threshold - kRounding);
     for (int r = 0; r < kRowsAtOnce; ++r) {
         near[r] = 0;

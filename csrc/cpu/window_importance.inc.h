@@ -14,39 +14,68 @@ struct ImportanceOfHead {
     float share;                        // of a probability in the result
 };
 
-// q·scale of the chunk's queries [first, first + width) of every head in the group, packed; zeros behind them
+// How keys of T meet queries: as they are where that is exact, else both in float.
+template <class T>
+struct WordsOf {
+    using type = Singles<Float>;
+    static constexpr int64_t each = 1;  // entries a word
+};
+#if defined(DISTILKERNELS_NATIVE_BF16)
+template <>
+struct WordsOf<bf16> {
+    using type = Pairs;
+    static constexpr int64_t each = 2;
+};
+#endif
+
+// The chunk's queries [first, first + width) of every head in the group, packed; zeros behind them.
 template <class T>
 inline void pack_queries(const ImportanceOfHead& h, int64_t first) {
-    const int64_t groups = h.a.groups(), columns = up_to(groups * h.width, Float::width), depth = h.a.keys.width;
-    const float scale = float(h.a.scale);
+    using Words = typename WordsOf<T>::type;
+    constexpr int64_t each = WordsOf<T>::each;
+    const int64_t groups = h.a.groups(), columns = up_to(groups * h.width, Float::width), depth = h.a.keys.width, words = up_to(depth, each) / each;
+    auto* packed = reinterpret_cast<typename Words::Word*>(h.s.packed);
     for (int64_t c = 0; c < columns; ++c) {
         const bool real = c < groups * h.width;
         const int64_t w = real ? h.s.query[first + c % h.width] : 0;
         const T* q = real ? h.a.queries.row<const T>(h.b, h.kv_head * groups + c / h.width, w) : nullptr;
-        for (int64_t d = 0; d < depth; ++d) h.s.packed[packed_at<Float>(c, d, columns, depth)] = real ? widen(q[d]) * scale : 0;
+        for (int64_t d = 0; d < words; ++d) {
+            typename Words::Entry word[each] = {};
+            for (int64_t i = 0; i < each && real && d * each + i < depth; ++i) narrow(widen(q[d * each + i]), word[i]);
+            std::memcpy(packed + packed_at<Float>(c, d, columns, words), word, sizeof(word));
+        }
     }
 }
 
 // Logits of keys [begin, begin + count), at most a tile, in `products`; −inf where a query does not see a key.
 template <class T>
 inline void logits_of_tile(const ImportanceOfHead& h, int64_t first, int64_t begin, int64_t count) {
+    using Words = typename WordsOf<T>::type;
+    using Entry = typename Words::Entry;
+    constexpr int64_t each = WordsOf<T>::each;
     const int64_t groups = h.a.groups(), depth = h.a.keys.width;
-    const float* rows[ImportanceSpace::kTile];
+    const Entry* rows[ImportanceSpace::kTile];
     for (int64_t i = 0; i < up_to(count, kRowsAtOnce); ++i) {
         if (i >= count) {
             rows[i] = rows[0];
             continue;
         }
         const T* key = h.a.keys.row<const T>(h.b, h.kv_head, h.s.position[begin + i]);
-        if constexpr (std::is_same<T, float>::value) {
+        float* copy = h.s.widened + i * padded(depth);
+        if constexpr (std::is_same<T, Entry>::value) {
             rows[i] = key;
+            if (depth % each == 0) continue;
+            auto* whole = reinterpret_cast<Entry*>(copy);
+            std::memcpy(whole, key, depth * sizeof(Entry));
+            whole[depth] = Entry();
+            rows[i] = whole;
         } else {
-            float* wide = h.s.widened + i * padded(depth);
-            widen_row<Float>(key, depth, 1, wide);
-            rows[i] = wide;
+            widen_row<Float>(key, depth, 1, copy);
+            rows[i] = copy;
         }
     }
-    products<Float>(h.s.packed, up_to(groups * h.width, Float::width), rows, up_to(count, kRowsAtOnce), depth, h.s.products, h.s.row_stride);
+    products<Float, Words>(reinterpret_cast<const typename Words::Word*>(h.s.packed), up_to(groups * h.width, Float::width), rows,
+                           up_to(count, kRowsAtOnce), up_to(depth, each) / each, float(h.a.scale), h.s.products, h.s.row_stride);
     if (!h.a.causal) return;
     const int64_t window = int64_t(h.a.counted.stop[h.b]) - h.a.queries.length;  // the position of query 0
     for (int64_t i = count; i-- > 0 && h.s.position[begin + i] > window;)
