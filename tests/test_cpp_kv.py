@@ -106,6 +106,17 @@ def test_importance_of_more_queries_than_are_held_at_once(isa):
             assert worst < 2e-5, (slope, options, float(worst))  # large logits, to a float's precision
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widths_that_end_within_a_word_or_a_vector(isa, dtype):
+    """Two 16-bit entries are multiplied at once: the last may have no other, and what follows a row is not its own."""
+    for width in (1, 7, 33, 66):
+        queries, keys = torch.randn(2, 6, 3, width + 1).to(dtype)[..., :width], torch.randn(2, 2, 53, width + 3).to(dtype)
+        keys[..., width:] = float("nan")
+        keys = keys[..., :width]
+        scores.close(kv.window_importance(queries, keys, backend="cpp"), listing.importance(queries, keys))
+        scores.close(kv.key_redundancy(keys, backend="cpp"), listing.kava_redundancy(keys))
+
+
 def test_the_same_bits_whatever_the_threads_and_the_batch(isa, threads):
     queries, keys = torch.randn(2, 8, 9, 64), listing.keys_of("clustered", 2, 4, 517, 64)
     student, teacher = ([(torch.randn(2, 3, 40, 64), torch.randn(2, 3, 40, 64)) for _ in range(5)] for _ in range(2))
