@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +93,7 @@ def gemm_contender(device: str, m: int, n: int, k: int, dtype: torch.dtype) -> C
 def peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
     """Peak memory of one run above what was held before: allocator statistics on a GPU, resident pages on Linux."""
     gc.collect()
-    memory.release()  # a buffer kept from an earlier run would hide what this one needs
+    memory.release()  # buffers kept from an earlier run would hide what this one needs
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -99,6 +101,9 @@ def peak_extra_bytes(run: Callable[[], object], device: str) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform != "win32" else None
+    if trim is not None:
+        trim(0)  # so would what the C allocator kept
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _status_kib("VmRSS")
