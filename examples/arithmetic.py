@@ -1,7 +1,7 @@
 """Chains of modular arithmetic with their working: a question, its chain of thought line by line, its answer.
 
 A question is a value and `steps` operations on it, each "+b" or "*b" modulo 7, applied from the left. The chain of thought has
-one line an operation, "*4 = 5". Additions and multiplications do not commute with each other, so the answer is no sum over the
+one line an operation, "3 *4 = 5". Additions and multiplications do not commute with each other, so the answer is no sum over the
 operations: whoever answers without working has to compose them all in one pass.
 """
 
@@ -16,7 +16,7 @@ MODULUS = 7
 # a value is its own id; then the operations; "+0", "*0" and "*1" would be steps for nothing, or forget what came before
 WORDS = [*map(str, range(MODULUS)), *(f"+{b}" for b in range(1, MODULUS)), *(f"*{b}" for b in range(2, MODULUS)), "=", "think:", "answer:"]
 EQUALS, THINK, ANSWER = range(len(WORDS) - 3, len(WORDS))
-LINE = 3
+LINE = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def problems(count: int, steps: int, seed: int) -> Problems:
     value, lines = asked[:, 0], []
     for operation in asked[:, 1:].unbind(1):
         addend, factor = operation - MODULUS + 1, operation - 2 * MODULUS + 3
-        value = torch.where(addend < MODULUS, value + addend, value * factor) % MODULUS
-        lines.append(torch.stack([operation, torch.full_like(value, EQUALS), value], 1))
+        result = torch.where(addend < MODULUS, value + addend, value * factor) % MODULUS
+        lines.append(torch.stack([value, operation, torch.full_like(value, EQUALS), result], 1))
+        value = result
     question = torch.cat([asked, torch.full_like(asked[:, :1], THINK)], 1)
     return Problems(question, torch.cat(lines, 1), value)

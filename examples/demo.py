@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import distilkernels as dk
 
-from . import corpus, measure, report, traces, training
+from . import corpus, kava, measure, report, traces, training
 
 VOCAB_SIZE = 8192
 LENGTH = 128
@@ -51,6 +51,8 @@ TRANSFER_WINDOWS = 640
 HELDOUT_WINDOWS = 160
 TRACE_PROMPTS = 96
 TRACE_STEPS = 48
+LATENT_STEPS = 300
+LATENT_VARIANTS = (kava.EXPLICIT, kava.DIRECT, kava.KAVA)
 TOP_K = 32
 CE_WEIGHT = 0.5
 
@@ -109,11 +111,12 @@ class Steps(NamedTuple):
     heldout_windows: int
     trace_prompts: int
     trace: int
+    latent: int
 
     @classmethod
     def scaled(cls, scale: float) -> Steps:
-        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS, TRACE_PROMPTS, TRACE_STEPS)
-        least = cls(8, 8, 2 * BATCH, 2 * EVAL_BATCH, 4, 4)
+        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS, TRACE_PROMPTS, TRACE_STEPS, LATENT_STEPS)
+        least = cls(8, 8, 2 * BATCH, 2 * EVAL_BATCH, 4, 4, 4)
         return cls(*(max(low, round(n * scale)) for n, low in zip(full, least)))
 
 
@@ -308,6 +311,11 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     rows += trace_rows
     clock.stage("traces")
 
+    latents = kava.run(LATENT_VARIANTS, steps=steps.latent, start_steps=steps.latent, seeds=[seed])
+    kava.save(latents, folder)
+    rows += [{"model": r.variant.name, "accuracy": r.accuracy[0], "passes": r.passes} for r in latents]
+    clock.stage("latents")
+
     report.save(rows, curves, surprisal, rows[0]["loss"], folder)
     print(f"\n{report.table(rows, report.QUALITY)}")
     print(
@@ -324,6 +332,11 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
         f"{len(data.prompts)} prompts of {traces.PROMPT} tokens from the held-out files (other windows than those of the evaluation), continued by\n"
         f"who is named, all from their {traces.POOL} most probable tokens; surprisal in nats under the labels-only student, share of tokens that\n"
         f"it gives less than {traces.MIN_PROB:.0%}, share written by the proposer. Each row is that student after {steps.trace} more steps on those traces."
+    )
+    print(f"\n{kava.table(latents)}")
+    print(
+        f"Modular arithmetic in {kava.LATENTS} latents instead of a chain of thought: {steps.latent} steps each after a common start of as many. Accuracy on\n"
+        f"{kava.HELDOUT} held-out questions; `python -m examples.kava` trains longer, with KaVa's ablations."
     )
     print(f"\n{report.table(rows[1 : 1 + len(STUDENTS)], report.COST)}")
     print(

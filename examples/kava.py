@@ -19,7 +19,7 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ from .progress import progress
 
 SIZE = latent.Size(hidden=64, layers=2, heads=4, kv_heads=2)
 OPERATIONS = 3
-LATENTS = 5
+LATENTS = 7
 UPDATES = 3
 BATCH = 64
 START_STEPS = 400
 STEPS = 800
 START_LR = 2e-3
-LR = 3e-3
+LR = 2e-3
 CODI_WEIGHT = 1.0
 KV_WEIGHT = 20.0
 PROBLEMS = 20_000
@@ -191,7 +191,7 @@ class Result(NamedTuple):
     curve: list[tuple[int, float]]
 
 
-def run(variants: tuple[Variant, ...], *, steps: int, start_steps: int, seeds: list[int], heldout: int = HELDOUT) -> list[Result]:
+def run(variants: Sequence[Variant], *, steps: int, start_steps: int, seeds: Sequence[int], heldout: int = HELDOUT) -> list[Result]:
     """Every variant from the start of its seed, on the batches of its seed."""
     results = {variant: Result(variant, [], 0, []) for variant in variants}
     for seed in seeds:
@@ -200,7 +200,8 @@ def run(variants: tuple[Variant, ...], *, steps: int, start_steps: int, seeds: l
             print(f"{len(data.train):,} questions to train on, {len(data.heldout):,} held out: {data.train.text(0)}")
         start = latent.causal_lm(SIZE, seed)
         train(EXPLICIT, start, data, steps=start_steps, lr=START_LR, seed=seed, stage="common start")
-        print(f"seed {seed}: the start, {training.parameters_in_millions(start):.2f} M parameters, solves {evaluate(EXPLICIT, start, data.heldout).accuracy:.1%}")
+        solved, size = evaluate(EXPLICIT, start, data.heldout).accuracy, training.parameters_in_millions(start)
+        print(f"seed {seed}: the start, {size:.2f} M parameters, solves {solved:.1%} with its chain of thought")
         for variant in variants:
             torch.manual_seed(seed + 1)
             module = copy.deepcopy(start)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from examples import arithmetic, kava, latent  # noqa: E402
+from examples import arithmetic, kava, latent
 
 SIZE = latent.Size(hidden=32, layers=2, heads=4, kv_heads=2)
 
@@ -34,10 +34,11 @@ def test_problems_are_solved_line_by_line():
     for row in range(0, len(every), 7):
         question, thought = re.fullmatch(r"(.*) think: (.*) answer: \d", every.text(row)).groups()
         value, *operations = question.split()
-        for line in re.findall(r"(\S+) = (\d)", thought):
-            assert line[0] == operations.pop(0)
-            value = int(eval(f"{value}{line[0]}")) % arithmetic.MODULUS
-            assert value == int(line[1])
+        value = int(value)
+        for before, operation, after in re.findall(r"(\d) (\S+) = (\d)", thought):
+            assert (before, operation) == (str(value), operations.pop(0))
+            value = int(eval(before + operation)) % arithmetic.MODULUS
+            assert after == str(value)
         assert not operations and value == every.answer[row]
 
 
