@@ -23,25 +23,31 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 import distilkernels as dk
+from distilkernels.kv.compress import Method
 
 from . import arithmetic, latent, training
 from .progress import progress
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 SIZE = latent.Size(hidden=64, layers=2, heads=4, kv_heads=2)
 OPERATIONS = 3
-LATENTS = 7
+LATENTS = 6
 UPDATES = 3
 BATCH = 64
-START_STEPS = 400
+START_STEPS = 300
 STEPS = 800
 START_LR = 2e-3
-LR = 2e-3
+LR = 3e-3
+# published for models of a billion parameters: 10 and 1
 CODI_WEIGHT = 1.0
 KV_WEIGHT = 20.0
 PROBLEMS = 20_000
@@ -53,9 +59,10 @@ class Variant(NamedTuple):
 
     name: str
     mode: str
-    method: dk.kv.Method | None = None
+    method: Method | None = None
 
 
+START = Variant("common start: explicit CoT", "thought")
 EXPLICIT, DIRECT = Variant("explicit CoT", "thought"), Variant("no CoT", "direct")
 CODI, KAVA = Variant("latent, no KV loss (CODI)", "latent"), Variant("KaVa", "latent", dk.kv.KaVa(lam=0.1))
 VARIANTS = (
@@ -104,7 +111,7 @@ def thought_loss(trace: latent.Trace) -> Tensor:
     return F.cross_entropy(trace.logits.flatten(0, 1), trace.labels.flatten())
 
 
-def latent_losses(student: latent.LatentStudent, batch: arithmetic.Problems, method: dk.kv.Method | None) -> Losses:
+def latent_losses(student: latent.LatentStudent, batch: arithmetic.Problems, method: Method | None) -> Losses:
     """One pass of the teacher, num_updates + 1 of the student; without a method there is no KV loss."""
     trace, thought = latent.read(student.model, batch), student(batch.question)
     # both hold the hidden state at "answer:" alone
@@ -191,22 +198,24 @@ class Result(NamedTuple):
     curve: list[tuple[int, float]]
 
 
-def run(variants: Sequence[Variant], *, steps: int, start_steps: int, seeds: Sequence[int], heldout: int = HELDOUT) -> list[Result]:
-    """Every variant from the start of its seed, on the batches of its seed."""
-    results = {variant: Result(variant, [], 0, []) for variant in variants}
+def run(
+    variants: Sequence[Variant], *, steps: int, start_steps: int, seeds: Sequence[int], latents: int = LATENTS, heldout: int = HELDOUT
+) -> list[Result]:
+    """Every variant from the start of its seed, on the batches of its seed; the start's own result comes first."""
+    results = {variant: Result(variant, [], 0, []) for variant in (START, *variants)}
     for seed in seeds:
         data = prepare(OPERATIONS, seed, heldout)
         if seed == seeds[0]:
-            print(f"{len(data.train):,} questions to train on, {len(data.heldout):,} held out: {data.train.text(0)}")
+            print(f"{len(data.train):,} questions to train on, {len(data.heldout):,} held out: {data.train.text(0)}", flush=True)
         start = latent.causal_lm(SIZE, seed)
         train(EXPLICIT, start, data, steps=start_steps, lr=START_LR, seed=seed, stage="common start")
-        solved, size = evaluate(EXPLICIT, start, data.heldout).accuracy, training.parameters_in_millions(start)
-        print(f"seed {seed}: the start, {size:.2f} M parameters, solves {solved:.1%} with its chain of thought")
+        found = evaluate(START, start, data.heldout)
+        results[START] = Result(START, [*results[START].accuracy, found.accuracy], found.passes, [])
         for variant in variants:
             torch.manual_seed(seed + 1)
             module = copy.deepcopy(start)
             if variant.mode == "latent":
-                module = latent.LatentStudent(module, LATENTS, UPDATES)
+                module = latent.LatentStudent(module, latents, UPDATES)
             curve: list[tuple[int, float]] = []
             log = lambda step: curve.append((step, evaluate(variant, module, data.heldout[:256]).accuracy))  # noqa: B023
             train(variant, module, data, steps=steps, lr=LR, seed=seed + 1, stage=variant.name.strip(), every=math.ceil(steps / 10), on_step=log)
@@ -231,11 +240,6 @@ def table(results: list[Result]) -> str:
 
 def save(results: list[Result], folder: Path) -> None:
     """kava.csv, one row a variant and seed, and kava.png: accuracy while training, and against forward passes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "kava.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -244,8 +248,8 @@ def save(results: list[Result], folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for i, result in enumerate(results):
         name, colour = result.variant.name.strip(), f"C{i}"
-        steps, accuracy = zip(*result.curve)
-        left.plot(steps, accuracy, color=colour, marker="o", markersize=3, label=name)
+        if result.curve:
+            left.plot(*zip(*result.curve), color=colour, marker="o", markersize=3, label=name)
         right.scatter([result.passes] * len(result.accuracy), result.accuracy, color=colour, s=40, label=name)
     for axes in (left, right):
         axes.axhline(1 / arithmetic.MODULUS, color="black", linestyle="--", linewidth=1)

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import distilkernels as dk
+from distilkernels.kv.compress import Method
 
 from .arithmetic import ANSWER, LINE, WORDS, Problems
 
@@ -147,7 +148,7 @@ def read(model: LlamaForCausalLM, problems: Problems) -> Trace:
     return Trace(logits, ids[:, start:], [h[:, -2:-1] for h in out.hidden_states[1:]], cache, [q[:, :, -2:] for q in seen], (start, stop))
 
 
-def targets(trace: Trace, method: dk.kv.Method, num_latents: int, inv_freq: Tensor) -> list[dk.kv.CompressedKV]:
+def targets(trace: Trace, method: Method, num_latents: int, inv_freq: Tensor) -> list[dk.kv.CompressedKV]:
     """The teacher's cache over the chain of thought, num_latents entries a head, its keys turned to the latents' positions; no gradient."""
     positions = trace.span[0] + torch.arange(num_latents, dtype=torch.int32).expand(len(trace.labels), -1)
     turned = dk.kv.Rope(inv_freq, target=positions)

@@ -28,7 +28,7 @@ def test_a_short_demo(tmp_path):
     loss = {name: float(row["loss"]) for name, row in rows.items() if row["loss"]}
     assert abs(loss["forward KL, stored"] - loss["forward KL"]) < 2e-3 < abs(loss["forward KL"] - loss["reverse KL"])
     assert 2.5 * 32 < float(re.search(r"From the store, ([0-9.]+) bytes a token", done.stdout)[1]) < 3.5 * 32 + 16
-    for name, passes in {"explicit CoT": 10, "no CoT": 1, "KaVa": 4}.items():
+    for name, passes in {"common start: explicit CoT": 10, "no CoT": 1, "KaVa": 4}.items():
         assert int(rows[name]["passes"]) == passes and 0 <= float(rows[name]["accuracy"]) <= 1
     names = {p.suffix for p in tmp_path.iterdir()}
     assert ".png" in names and names & {".csv", ".json"}

@@ -124,10 +124,10 @@ def test_a_run_of_two_steps(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     explicit = arithmetic.LINE * (kava.OPERATIONS - 1) + 2
     passes = {"thought": explicit, "direct": 1, "latent": kava.UPDATES + 1}
-    for variant, result in zip(kava.VARIANTS, results, strict=True):
+    for variant, result in zip((kava.START, *kava.VARIANTS), results, strict=True):
         assert result.variant == variant and result.passes == passes[variant.mode]
         assert len(result.accuracy) == 1 and 0 <= result.accuracy[0] <= 1
-        assert [step for step, _ in result.curve] == [0, 1, 2]
+        assert [step for step, _ in result.curve] == ([] if variant == kava.START else [0, 1, 2])
         assert re.search(rf"^{re.escape(variant.name)} +[\d.]+% +{result.passes}$", said, flags=re.M)
     with (tmp_path / "kava.csv").open() as file:
         rows = list(csv.DictReader(file))
