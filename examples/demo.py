@@ -316,10 +316,10 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
 
     latents = kava.run(LATENT_VARIANTS, steps=steps.latent, start_steps=steps.latent, seeds=[seed], latents=LATENTS)
     kava.save(latents, folder)
-    rows += [{"model": r.variant.name, "accuracy": r.accuracy[0], "passes": r.passes} for r in latents]
+    latent_rows = [{"model": r.variant.name, "accuracy": r.accuracy[0], "passes": r.passes} for r in latents]
     clock.stage("latents")
 
-    report.save(rows, curves, surprisal, rows[0]["loss"], folder)
+    report.save([*rows, *latent_rows], curves, surprisal, rows[0]["loss"], folder)
     print(f"\n{report.table(rows, report.QUALITY)}")
     print(
         "Nats per token on the held-out files; KL(teacher || student) over the full vocabulary; agreement of the most probable token;\n"
@@ -349,8 +349,8 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
         f"Before timing: values agree with PyTorch's to {max(v for v, _ in errors):.0e}, gradients to {max(g for _, g in errors):.0e}."
     )
     print(clock.summary())
-    print(f"wrote {folder / 'results.csv'} and {folder / 'results.png'}")
-    return rows
+    print(f"wrote {folder / 'results.csv'}, {folder / 'results.png'} and {folder / 'kava.png'}")
+    return [*rows, *latent_rows]
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:
