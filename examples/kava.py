@@ -44,9 +44,9 @@ LATENTS = 6
 UPDATES = 3
 BATCH = 64
 START_STEPS = 300
-STEPS = 800
+STEPS = 1000
 START_LR = 2e-3
-LR = 3e-3
+LR = 2e-3
 # published for models of a billion parameters: 10 and 1
 CODI_WEIGHT = 1.0
 KV_WEIGHT = 20.0
@@ -132,13 +132,18 @@ def objective(variant: Variant, module: nn.Module) -> Callable[[arithmetic.Probl
     return lambda batch: latent_losses(module, batch, variant.method).total()
 
 
+def learning_rate(step: int, steps: int) -> float:
+    """Of the peak: linear warm-up over a twentieth of the steps, the peak up to three quarters, then linearly to a twentieth."""
+    return min(1, 20 * (step + 1) / steps, max(0.05, 4 * (1 - step / steps)))
+
+
 def train(
     variant: Variant, module: nn.Module, data: Data, *, steps: int, lr: float, seed: int, stage: str, every: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """AdamW; `on_step(step)` is called every `every` steps and at the end."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: training.learning_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     loss_of = objective(variant, module)
     bar = progress(training.batches(len(data.train), BATCH, steps, seed), stage, steps)
     for step, rows in enumerate(bar):

@@ -59,7 +59,7 @@ def batches(num_windows: int, batch_size: int, steps: int, seed: int) -> Iterato
         queue = queue[batch_size:]
 
 
-def learning_rate(step: int, steps: int) -> float:
+def _learning_rate(step: int, steps: int) -> float:
     """Linear warm-up over a twentieth of the steps, then half a cosine to a twentieth of the peak."""
     warmup = max(1, steps // 20)
     if step < warmup:
@@ -74,7 +74,7 @@ def train(
     """AdamW on `objective` over `steps` batches of (input ids [B, T], targets); `on_step(step)` is called before the first step,
     every `every` steps and at the end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps))
     bar = progress(data, stage, steps)
     for step, (inputs, targets) in enumerate(bar):
         if on_step is not None and every and step % every == 0:
