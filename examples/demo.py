@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 import distilkernels as dk
 
-from . import corpus, kava, measure, report, traces, training
+from . import arithmetic, corpus, kava, measure, report, traces, training
 
 VOCAB_SIZE = 8192
 LENGTH = 128
@@ -53,7 +53,7 @@ HELDOUT_WINDOWS = 160
 TRACE_PROMPTS = 96
 TRACE_STEPS = 48
 # one for every token of the chain of thought without its last line: nothing is dropped, and learnt in few steps
-LATENTS = 8
+LATENTS = arithmetic.LINE * (kava.OPERATIONS - 1)
 LATENT_STEPS = 240
 LATENT_VARIANTS = (kava.DIRECT, kava.KAVA)
 TOP_K = 32
@@ -315,7 +315,7 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     clock.stage("traces")
 
     latents = kava.run(LATENT_VARIANTS, steps=steps.latent, start_steps=steps.latent, seeds=[seed], latents=LATENTS)
-    kava.save(latents, folder)
+    kava.save(latents, [seed], folder)
     latent_rows = [{"model": r.variant.name, "accuracy": r.accuracy[0], "passes": r.passes} for r in latents]
     clock.stage("latents")
 

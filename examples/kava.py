@@ -243,13 +243,13 @@ def table(results: list[Result]) -> str:
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
-def save(results: list[Result], folder: Path) -> None:
+def save(results: list[Result], seeds: Sequence[int], folder: Path) -> None:
     """kava.csv, one row a variant and seed, and kava.png: accuracy while training, and against forward passes."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "kava.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["variant", "seed", "accuracy", "forward_passes"])
-        writer.writerows((r.variant.name.strip(), i, accuracy, r.passes) for r in results for i, accuracy in enumerate(r.accuracy))
+        writer.writerows((r.variant.name.strip(), seed, accuracy, r.passes) for r in results for seed, accuracy in zip(seeds, r.accuracy))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for i, result in enumerate(results):
         name, colour = result.variant.name.strip(), f"C{i}"
@@ -271,10 +271,11 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--steps", type=int, default=STEPS, help="of each variant, after the common start")
     parser.add_argument("--seed", type=int, default=0, help="of problems, weights and batches")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with so many seeds, from --seed on")
+    parser.add_argument("--latents", type=int, default=LATENTS, help="entries of the teacher's cache that are kept, and latents of the student")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the steps: shows that it runs, and no more")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for kava.csv and kava.png")
     options = parser.parse_args(argv)
-    for name in ("steps", "seeds"):
+    for name in ("steps", "seeds", "latents"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be positive; got {getattr(options, name)}")
     transformers.logging.set_verbosity_error()
@@ -282,11 +283,11 @@ def main(argv: list[str] | None = None) -> list[Result]:
     steps, start_steps = (max(2, round(n * scale)) for n in (options.steps, START_STEPS))
     seeds = list(range(options.seed, options.seed + options.seeds))
     began = time.perf_counter(), time.process_time()
-    results = run(VARIANTS, steps=steps, start_steps=start_steps, seeds=seeds, heldout=HELDOUT)
-    save(results, options.out)
+    results = run(VARIANTS, steps=steps, start_steps=start_steps, seeds=seeds, latents=options.latents, heldout=HELDOUT)
+    save(results, seeds, options.out)
     print(f"\n{table(results)}")
     print(
-        f"{OPERATIONS} operations modulo {arithmetic.MODULUS} (guessing: {1 / arithmetic.MODULUS:.1%}); {LATENTS} latents, {UPDATES} updates, "
+        f"{OPERATIONS} operations modulo {arithmetic.MODULUS} (guessing: {1 / arithmetic.MODULUS:.1%}); {options.latents} latents, {UPDATES} updates, "
         f"{start_steps} steps of explicit CoT for all, then {steps} of each;\nthe chain of thought has {arithmetic.LINE * (OPERATIONS - 1)} tokens "
         f"without its last line. {time.perf_counter() - began[0]:.0f} s of wall clock, {time.process_time() - began[1]:.0f} s of CPU."
     )
