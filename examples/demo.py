@@ -4,7 +4,8 @@ A tokenizer and a teacher are trained on text that every Python installation car
 once, over a transfer set that is a part of the teacher's own text. Three students of one size then see the same batches
 in the same order from the same initial weights, and differ in their loss alone: labels, forward KL, reverse KL. A fourth
 repeats forward KL with rows read from a store on disk: the offline path, which is how a large teacher is used. Then the
-labels-only student goes on, on text that models wrote: the teacher, RSD and the student itself (:mod:`.traces`).
+labels-only student goes on, on text that models wrote: the teacher, RSD and the student itself (:mod:`.traces`). Last, and apart
+from these, a small model learns to think in latents (:mod:`.kava`).
 
 Both distilled students minimise ``D(p ‖ q) + CE_WEIGHT · cross-entropy`` with ``tail="bucket"``, so the mass that the
 teacher has outside its K tokens counts too. Reverse KL is the other end of the family (mode-seeking, what on-policy
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader
 
 import distilkernels as dk
 
-from . import corpus, measure, report, traces, training
+from . import arithmetic, corpus, kava, measure, report, traces, training
 
 VOCAB_SIZE = 8192
 LENGTH = 128
@@ -51,6 +52,10 @@ TRANSFER_WINDOWS = 640
 HELDOUT_WINDOWS = 160
 TRACE_PROMPTS = 96
 TRACE_STEPS = 48
+# one for every token of the chain of thought without its last line: nothing is dropped, and learnt in few steps
+LATENTS = arithmetic.LINE * (kava.OPERATIONS - 1)
+LATENT_STEPS = 240
+LATENT_VARIANTS = (kava.DIRECT, kava.KAVA)
 TOP_K = 32
 CE_WEIGHT = 0.5
 
@@ -109,11 +114,12 @@ class Steps(NamedTuple):
     heldout_windows: int
     trace_prompts: int
     trace: int
+    latent: int
 
     @classmethod
     def scaled(cls, scale: float) -> Steps:
-        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS, TRACE_PROMPTS, TRACE_STEPS)
-        least = cls(8, 8, 2 * BATCH, 2 * EVAL_BATCH, 4, 4)
+        full = cls(TEACHER_STEPS, STUDENT_STEPS, TRANSFER_WINDOWS, HELDOUT_WINDOWS, TRACE_PROMPTS, TRACE_STEPS, LATENT_STEPS)
+        least = cls(8, 8, 2 * BATCH, 2 * EVAL_BATCH, 4, 4, 4)
         return cls(*(max(low, round(n * scale)) for n, low in zip(full, least)))
 
 
@@ -308,7 +314,12 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
     rows += trace_rows
     clock.stage("traces")
 
-    report.save(rows, curves, surprisal, rows[0]["loss"], folder)
+    latents = kava.run(LATENT_VARIANTS, steps=steps.latent, start_steps=steps.latent, seeds=[seed], latents=LATENTS)
+    kava.save(latents, [seed], folder)
+    latent_rows = [{"model": r.variant.name, "accuracy": r.accuracy[0], "passes": r.passes} for r in latents]
+    clock.stage("latents")
+
+    report.save([*rows, *latent_rows], curves, surprisal, rows[0]["loss"], folder)
     print(f"\n{report.table(rows, report.QUALITY)}")
     print(
         "Nats per token on the held-out files; KL(teacher || student) over the full vocabulary; agreement of the most probable token;\n"
@@ -328,6 +339,11 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
         "RSD's text is more probable than the files are, so a student\nof it grows too sure of itself for them: RSD is for reasoning, where "
         "traces are kept by their answers (decoding.rsd_filter)."
     )
+    print(f"\n{kava.table(latents)}")
+    print(
+        f"Modular arithmetic in {LATENTS} latents instead of a chain of thought: {steps.latent} steps each after a common start of as many. Accuracy on\n"
+        f"{kava.HELDOUT} held-out questions; nothing is dropped here: `python -m examples.kava` trains longer, with fewer latents and KaVa's ablations."
+    )
     print(f"\n{report.table(rows[1 : 1 + len(STUDENTS)], report.COST)}")
     print(
         f"Forward + backward of the loss alone on {EVAL_BATCH * LENGTH:,} rows of {VOCAB_SIZE:,} float32 logits "
@@ -336,8 +352,8 @@ def run(steps: Steps, folder: Path, seed: int = 0) -> list[dict[str, object]]:
         f"Before timing: values agree with PyTorch's to {max(v for v, _ in errors):.0e}, gradients to {max(g for _, g in errors):.0e}."
     )
     print(clock.summary())
-    print(f"wrote {folder / 'results.csv'} and {folder / 'results.png'}")
-    return rows
+    print(f"wrote {folder / 'results.csv'}, {folder / 'results.png'} and {folder / 'kava.png'}")
+    return [*rows, *latent_rows]
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, object]]:

@@ -53,7 +53,7 @@ _FORMATS = {
 COLOURS = ("#6b7280", "#2563eb", "#ea580c", "#059669", "#7c3aed")
 
 Row = Mapping[str, object]
-"""Values by the keys of ``QUALITY``, ``TRACES`` and ``COST``, plus "gain_se"; a missing one prints as a dash."""
+"""Values by the keys of ``QUALITY``, ``TRACES`` and ``COST``, plus "gain_se", and "accuracy" and "passes" of the latents; a missing one prints as a dash."""
 
 
 def _cell(row: Row, column: str) -> str:
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Every number of the tables, unrounded."""
-    columns = list(dict.fromkeys([*QUALITY, "gain_se", *TRACES, *COST]))
+    columns = list(dict.fromkeys([*QUALITY, "gain_se", *TRACES, "accuracy", "passes", *COST]))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
