@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .measure import environment
 
-SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate")
+SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate", "kv")
 RESULTS = Path(__file__).parent / "results"
 
 

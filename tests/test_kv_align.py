@@ -11,6 +11,7 @@ import torch
 from servers import servers
 
 from distilkernels import BackendError, backends, kv
+from distilkernels.primitives import memory
 
 KINDS = [(loss, normalize) for loss in ("mse", "l1", "smooth_l1", "cosine") for normalize in (None, "layer_std", "inputs")]
 KINDS.remove(("cosine", "layer_std"))
@@ -125,6 +126,33 @@ def test_reductions_weights_and_layer_maps():
     assert loss.isfinite() and all((g.grad == 0).all() for g in broken[1]) and broken[0][0].grad.abs().max() > 0
     nothing = kv.alignment_loss(broken, chosen, layer_weights=[0.0] * 3)
     assert nothing == 0 and nothing.requires_grad
+
+
+def test_large_gradients_share_recycled_memory():
+    """Above 8 MB they lie in one buffer, which is given out again when the last of them is gone, and not before."""
+    student, teacher = layers(4, (8, 8, 33, 128), 129, torch.float32, seed=1), layers(4, (8, 8, 33, 128), 129, torch.float32, seed=2)
+
+    def gradients(scale: float):
+        mine = leaves([tuple(x * scale for x in pair) for pair in student])
+        return torch.autograd.grad(kv.alignment_loss(mine, teacher, loss="mse"), flat(mine))
+
+    memory.release()
+    first = gradients(1.0)
+    shares = {g.untyped_storage().data_ptr() for g in first}
+    assert len(shares) == 1 and all(g.data_ptr() % 64 == 0 and g.is_contiguous() and not g._is_view() for g in first)
+    for g, s, t in zip(first, flat(student), flat(teacher)):
+        torch.testing.assert_close(g, (s - t) / (4 * s.numel()))
+    last, kept = first[-1], first[-1].clone()
+    del first, g
+    second = gradients(2.0)
+    assert second[0].untyped_storage().data_ptr() not in shares and torch.equal(last, kept)
+    version = second[1]._version
+    second[0].zero_()
+    assert second[1]._version == version, "each has its own version"
+    again = second[0].untyped_storage().data_ptr()
+    del second
+    assert gradients(1.0)[0].untyped_storage().data_ptr() == again
+    memory.release()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

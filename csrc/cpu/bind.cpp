@@ -16,6 +16,7 @@ namespace py = pybind11;
 using namespace distilkernels;
 
 void bind_store(py::module_&);  // store_bind.cpp
+void bind_kv(py::module_&);     // kv_bind.cpp
 
 namespace {
 
@@ -200,6 +201,7 @@ PYBIND11_MODULE(_cpp, m) {
     m.def("gather_dot_hidden_grad", &products_hidden_grad);
     m.def("gather_dot_weight_grad", &products_weight_grad);
     bind_store(m);
+    bind_kv(m);
     m.def("topk_select", &select_topk);
     m.def("draw_rows", &draw);
     m.def("filter_rows", &filter);

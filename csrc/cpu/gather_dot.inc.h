@@ -30,6 +30,26 @@ inline typename V::S dot(const typename V::S* h, const T* x, const T* later, int
     return typename V::S(V::sum((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
+template <class V, class T>
+inline double sum_of_squares(const T* x, int64_t n) {
+    using F = typename V::F;
+    F sums[4] = {V::set(0), V::set(0), V::set(0), V::set(0)};
+    int64_t c = 0;
+    for (; c + block<V> <= n; c += block<V>) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const F y = V::load(x + c + i * V::width);
+            sums[i] = V::fma(y, y, sums[i]);
+        }
+    }
+    for (; c < n; c += V::width) {
+        T rest[V::width] = {};
+        std::memcpy(rest, x + c, std::min<int64_t>(V::width, n - c) * sizeof(T));
+        sums[0] = V::fma(V::load(rest), V::load(rest), sums[0]);
+    }
+    return V::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // sum += g·x; `sum` has room for a whole vector at its end.
 template <class V, class T>
 inline void add_scaled(typename V::S g, const T* x, const T* later, typename V::S* sum, int64_t n) {

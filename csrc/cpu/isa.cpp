@@ -19,7 +19,7 @@ const std::vector<Isa>& all() {
 #endif
     static const std::vector<Isa> isas = {
 #if defined(__x86_64__)
-        {"avx512bf16", &avx512bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16")},
+        {"avx512bf16", &avx512bf16::kernels, avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
         {"avx512", &avx512::kernels, avx512},
         {"avx2", &avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif

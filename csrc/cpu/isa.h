@@ -8,7 +8,7 @@
 
 namespace distilkernels {
 
-// Each works on items [begin, end): rows, or the pairs of gather_dot_weight_grad.
+// Each works on items [begin, end): rows, the pairs of gather_dot_weight_grad or kv_align, or heads of a cache.
 struct Kernels {
     void (*vocab_stats)(const VocabStats&, Scratch&, int64_t begin, int64_t end);
     void (*vocab_stats_backward)(const VocabStatsBackward&, Scratch&, int64_t begin, int64_t end);
@@ -22,6 +22,11 @@ struct Kernels {
     void (*filter_rows)(const FilterRows&, Scratch&, int64_t begin, int64_t end);
     void (*sample_rows)(const SampleRows&, Scratch&, int64_t begin, int64_t end);
     void (*weigh_rows)(const WeighRows&, Scratch&, int64_t begin, int64_t end);
+    void (*window_importance)(const WindowImportance&, Scratch&, int64_t begin, int64_t end);
+    void (*key_redundancy)(const KeyRedundancy&, Scratch&, int64_t begin, int64_t end);
+    void (*kv_gather)(const KvGather&, Scratch&, int64_t begin, int64_t end);
+    void (*kv_align)(const KvAlign&, Scratch&, int64_t begin, int64_t end);
+    void (*recurrence_update)(const RecurrenceUpdate&, Scratch&, int64_t begin, int64_t end);
 };
 
 namespace baseline {

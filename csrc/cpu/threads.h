@@ -64,9 +64,10 @@ inline bool& forked() {
 }
 #endif
 
-// Kernels that order logits, whose denormals count.
+// Kernels that order numbers, or move them, whose denormals count.
 template <class Args>
-constexpr bool orders = std::is_same<Args, TopkSelect>::value || std::is_same<Args, FilterRows>::value || std::is_base_of<DrawWeights, Args>::value;
+constexpr bool orders = std::is_same<Args, TopkSelect>::value || std::is_same<Args, FilterRows>::value || std::is_base_of<DrawWeights, Args>::value ||
+                        std::is_same<Args, RecurrenceUpdate>::value || std::is_same<Args, KvGather>::value;
 
 // Below this many numbers a second thread costs more (about 5 µs to wake) than it saves.
 constexpr int64_t kSerialNumbers = 1 << 15;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -312,19 +313,28 @@ struct SampleRows : DrawWeights {
     bool* compared;
 };
 
-// Memory that nobody has written: its pages cost nothing before they are used.
+}  // namespace distilkernels
+
+#include "kv_types.h"
+
+namespace distilkernels {
+
+// Memory that nobody has written, whole cache lines: its pages cost nothing before they are used. A copy is another of the same size.
 class Unwritten {
 public:
-    Unwritten() = default;
-    explicit Unwritten(size_t size) : size_(size), data_(new unsigned char[size]) {}
+    explicit Unwritten(size_t size = 0) : size_(size), data_(size ? static_cast<unsigned char*>(operator new(size, kLine)) : nullptr) {}
     Unwritten(const Unwritten& other) : Unwritten(other.size_) {}
     Unwritten(Unwritten&&) = default;
     Unwritten& operator=(Unwritten&&) = default;
     unsigned char* data() const { return data_.get(); }
 
 private:
-    size_t size_ = 0;
-    std::unique_ptr<unsigned char[]> data_;
+    static constexpr std::align_val_t kLine{64};
+    struct Delete {
+        void operator()(unsigned char* data) const { operator delete(data, kLine); }
+    };
+    size_t size_;
+    std::unique_ptr<unsigned char, Delete> data_;
 };
 
 // One thread's working memory, allocated before the parallel region so that nothing throws inside it.
@@ -349,6 +359,7 @@ struct Scratch {
     std::vector<double> tile_sums, tile_refs;    // Σ e^{z − ref} of a tile
     Unwritten entries;                           // three rows of columns and a block
     size_t entries_stride = 0;
+    Unwritten space;                             // of the kernels on caches
 
     Scratch(const VocabStats& a) : hidden(a.logits.vocab / 64 + 1) {
         const size_t k = a.ids.data ? a.ids.count : 0;
@@ -385,15 +396,16 @@ struct Scratch {
     explicit Scratch(const FilterRows& a) : Scratch(a.tiles() * kMostLanes) {
         hidden.resize(a.logits.vocab / 64 + 1);
         entries_stride = ((a.columns + 2 * kMostBlock) * (a.dtype == DType::f64 ? 8 : 4) + kLine - 1) / kLine * kLine;
-        entries = Unwritten(3 * entries_stride + kLine);
+        entries = Unwritten(3 * entries_stride);
     }
     explicit Scratch(const WeighRows&) {}
     explicit Scratch(const SampleRows&) {}
+    template <class Args, class = decltype(&Args::workspace)>
+    explicit Scratch(const Args& a) : space(a.workspace()) {}
 
     template <class S>
     S* entries_row(int index) const {
-        const auto data = reinterpret_cast<uintptr_t>(entries.data());
-        return reinterpret_cast<S*>((data + kLine - 1) / kLine * kLine + index * entries_stride);
+        return reinterpret_cast<S*>(entries.data() + index * entries_stride);
     }
 
     template <class S>

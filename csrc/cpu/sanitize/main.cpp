@@ -9,6 +9,8 @@
 
 using namespace distilkernels;
 
+int run_kv();  // kv.cpp
+
 namespace {
 
 std::mt19937 generator(0);
@@ -192,6 +194,7 @@ int main() {
     }
     for (const std::string& name : available_isas()) {
         set_isa(name);
+        failures += run_kv();
         for (int64_t vocab : {1, 3, 15, 64, 65, 257, 4099}) {
             for (int64_t k : {int64_t(0), int64_t(1), vocab}) {
                 for (Head head : {Head{1, 1, 0, vocab}, Head{0.7, 1.5, 0, (vocab + 1) / 2}, Head{2, 1, 5, vocab}}) {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import cpp_kv
+from .cpp_kv import key_redundancy, kv_align, kv_gather, recurrence_update, window_importance  # noqa: F401
+
 try:
     from .. import _cpp
 except ImportError as reason:
@@ -17,7 +20,7 @@ _OUTPUTS = (
 )  # fmt: skip
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "pair_stats", "pair_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows",
+    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", *cpp_kv.SERVED,
 )  # fmt: skip
 _MODES = {"plain": 0, "residual": 1, "gate": 2}
 
@@ -38,7 +41,7 @@ def why_not(primitive: str, *tensors: Tensor) -> str | None:
         return f"of two rows that are compared both or none must be float64; got {tensors[0].dtype} and {tensors[1].dtype}"
     if primitive.startswith("pair_stats") and len({t.dtype == torch.float64 for t in tensors[:2]}) > 1:
         return f"both sides must be float64 or neither; got {tensors[0].dtype} and {tensors[1].dtype}"
-    return None
+    return cpp_kv.why_not(primitive, *tensors) if primitive in cpp_kv.SERVED else None
 
 
 def vocab_stats(logits: Tensor, ids: Tensor | None, thresholds: Tensor | None, head, out: dict[str, Tensor]) -> None:

@@ -61,7 +61,7 @@ def alignment_loss(
     masks = [None] * len(student) if mask is None else _masks(mask, len(student))
     left, right, slots, known = [], [], [], {}
     for s, t in pairs:
-        theirs = [x.detach() for x in teacher[t]]
+        theirs = teacher[t]
         ours = _projected(student[s], theirs, projections[s], s)
         for name, a, b in zip(("keys", "values"), ours, theirs):
             if a.shape != b.shape:
@@ -321,7 +321,7 @@ def _checked_slots(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return (mask[:, None] if mask.dim() == 2 else mask).expand(b, heads, slots)
 
 
-def _projected(ours: tuple[Tensor, Tensor], theirs: list[Tensor], projection, layer: int) -> list[Tensor]:
+def _projected(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], projection, layer: int) -> list[Tensor]:
     if projection is None:
         return list(ours)
     both = projection if isinstance(projection, (tuple, list)) else (projection, projection)

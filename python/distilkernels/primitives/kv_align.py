@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..backends import resolve
 from .boundary import Once, plain_eager
+from .memory import recycled_empties
 
 LOSSES = ("mse", "l1", "smooth_l1", "cosine")
 NORMALIZE = (None, "layer_std", "inputs")
@@ -100,9 +101,15 @@ def reference(
             grads[i].copy_((grad.double() * coef[i]).masked_fill(~real | (coef[i] == 0), 0))
 
 
-def launched(student, teacher, masks, how: Distance, coef: Tensor, want_grads: bool, backend: str | None) -> tuple[Tensor, list[Tensor]]:
+def _empties(like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+
+
+def launched(
+    student, teacher, masks, how: Distance, coef: Tensor, want_grads: bool, backend: str | None, empties=recycled_empties
+) -> tuple[Tensor, list[Tensor]]:
     launch = resolve("kv_align", *student, *teacher, backend=backend)
-    grads = [torch.empty(s.shape, dtype=s.dtype, device=s.device) for s in student] if want_grads else None
+    grads = empties(student) if want_grads else None
     sums = torch.empty(len(student), dtype=torch.float64, device=coef.device)
     launch(student, teacher, masks, how, coef, sums, grads)
     return sums, grads or []
@@ -115,7 +122,8 @@ def _op(
 ) -> list[Tensor]:  # fmt: skip
     left = iter(masks)
     masks = [next(left) if m else None for m in masked]
-    sums, grads = launched(student, teacher, masks, Distance(loss, beta, normalize), coef, want_grads, backend)
+    # an op's results share no storage
+    sums, grads = launched(student, teacher, masks, Distance(loss, beta, normalize), coef, want_grads, backend, _empties)
     return [sums, *grads]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import mmap
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ _RECYCLE_FROM = 2**23
 _COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 _lock = threading.Lock()
-_kept: np.ndarray | None = None
+_kept: dict[str, np.ndarray] = {}
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -39,22 +41,40 @@ def recycled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     and then meets warm, huge pages. Anything that still holds the tensor or a view of it, a ``.grad`` say, keeps the
     buffer from being given out again. :func:`release` gives it back to the system. Its storage cannot be resized.
     """
-    global _kept
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _RECYCLE_FROM or not _COUNTED:
         return torch.empty(shape, dtype=dtype, device=device)
-    with _lock:
-        # two references are ours: the name and getrefcount's argument; a tensor made of the buffer is a third
-        if _kept is None or not nbytes <= _kept.nbytes <= 4 * nbytes or sys.getrefcount(_kept) > 2:
-            _kept = _pages(nbytes, huge=True)
-        return torch.from_numpy(_kept)[:nbytes].view(dtype).view(shape)
+    return _recycled("one", nbytes).view(dtype).view(shape)
+
+
+def recycled_empties(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A contiguous ``torch.empty_like`` of each, side by side in a buffer that is recycled as that of :func:`recycled_empty` is.
+
+    They share a storage, so the buffer waits for the last of them, but are no views: each has its own version.
+    """
+    line = 64
+    starts = list(itertools.accumulate((-(-t.numel() * t.element_size() // line) * line for t in like), initial=0))
+    if not like or like[0].device.type != "cpu" or starts[-1] < _RECYCLE_FROM or not _COUNTED:
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+    storage = _recycled("many", starts[-1]).untyped_storage()
+    return [torch.empty(0, dtype=t.dtype).set_(storage, start // t.element_size(), t.shape) for t, start in zip(like, starts)]
 
 
 def release() -> None:
-    """Forgets the buffer kept for reuse; its memory returns to the system when nothing else holds it."""
-    global _kept
+    """Forgets the buffers kept for reuse; their memory returns to the system when nothing else holds it."""
     with _lock:
-        _kept = None
+        _kept.clear()
+
+
+def _recycled(use: str, nbytes: int) -> torch.Tensor:
+    """Bytes of the buffer last made for this use, or of a new one."""
+    with _lock:
+        kept = _kept.pop(use, None)
+        # two references are ours: the name and getrefcount's argument; a tensor made of the buffer is a third
+        if kept is None or not nbytes <= kept.nbytes <= 4 * nbytes or sys.getrefcount(kept) > 2:
+            kept = _pages(nbytes, huge=True)
+        _kept[use] = kept
+        return torch.from_numpy(kept)[:nbytes]
 
 
 def _pages(nbytes: int, huge: bool) -> np.ndarray:
@@ -73,7 +93,7 @@ def _pages(nbytes: int, huge: bool) -> np.ndarray:
 
 def _after_fork() -> None:
     global _lock, _kept
-    _lock, _kept = threading.Lock(), None
+    _lock, _kept = threading.Lock(), {}
 
 
 if hasattr(os, "register_at_fork"):
