@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-SERVED = ("kv_gather", "kv_align", "recurrence_update")
+SERVED = ("window_importance", "key_redundancy", "kv_gather", "kv_align", "recurrence_update")
 _WIDEST = 256
 
 
