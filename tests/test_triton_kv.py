@@ -23,9 +23,7 @@ from distilkernels.primitives.key_redundancy import launched as redundant
 from distilkernels.primitives.key_redundancy import reference as redundancy
 from distilkernels.primitives.kv_align import Distance
 from distilkernels.primitives.kv_align import launched as aligned
-from distilkernels.primitives.kv_align import reference as alignment
 from distilkernels.primitives.kv_gather import Rotation, gather
-from distilkernels.primitives.kv_gather import reference as gathered
 from distilkernels.primitives.window_importance import Scoring, Similarity
 from distilkernels.primitives.window_importance import launched as window_scores
 from distilkernels.primitives.window_importance import reference as importance
@@ -42,14 +40,13 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     "file,selection",
     [
-        ("test_kv_scores.py", "triton-cpu and (importance and float32 and (131 or 61) or spans or given_lse or any_strides)"),
-        ("test_kv_scores.py", "triton-cpu and (published and 80 and (clustered or bfloat16) or neighbour or pad_in or 16_bit or padding_and_spans)"),
+        ("test_kv_scores.py", "triton-cpu and (published and 80 and clustered and not float64 or neighbour or pad_in or 16_bit)"),
         ("test_kv_select.py", "triton-cpu and not opcheck and not False-torch.bfloat16"),
-        ("test_kv_align.py", "triton-cpu and loops"),
+        ("test_kv_align.py", "triton-cpu and loops and (None or mse)"),
         ("test_kv_lazy.py", "triton-cpu and at_once"),
         ("test_triton_kv.py", "native"),
     ],
-    ids=["importance", "redundancy", "gather", "alignment", "recurrence", "seams"],
+    ids=["redundancy", "gather", "alignment", "recurrence", "seams"],
 )
 def test_under_the_interpreter(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -101,25 +98,24 @@ def assert_scores(got, exact, similar=True):
 
 
 @on_triton
-@pytest.mark.parametrize("group_reduce", ["max_logits", "max_probs", "mean_probs", "none"])
-def test_native_chunks_of_keys_and_blocks_of_queries(group_reduce):
+@pytest.mark.parametrize("how", [("max_logits", "mean", True), ("max_probs", "max", False), ("none", "sum", False), ("mean_probs", "mean", True)], ids=str)
+def test_native_chunks_of_keys_and_blocks_of_queries(how):
     """Several of both, a group that is no power of two, padding, a causal window, and the cosine sums of another span."""
     g = torch.Generator().manual_seed(2)
-    for dtype, window_reduce, causal in ((torch.bfloat16, "mean", True), (torch.float32, "max", False), (torch.float16, "sum", False)):
-        queries, keys = (torch.randn(2, 6, 21, 80, generator=g) * 2).to(dtype), torch.randn(2, 2, 203, 80, generator=g).to(dtype)
-        heard = torch.rand(2, 21, generator=g) > 0.3
-        got, exact = importance_by_kernel(queries, keys, Scoring(0.11, group_reduce, window_reduce, causal), window_mask=heard)
-        assert_scores(got, exact)
+    queries, keys = (torch.randn(2, 6, 9, 80, generator=g) * 2).bfloat16(), torch.randn(2, 2, 103, 80, generator=g).bfloat16()
+    heard = torch.rand(2, 9, generator=g) > 0.3
+    got, exact = importance_by_kernel(queries, keys, Scoring(0.11, *how), window_mask=heard)
+    assert_scores(got, exact)
 
 
 @on_triton
 def test_native_rising_logits_and_the_sums_beside_a_given_lse():
     """Maxima that move in every chunk by more than a float's exponent; with an lse the cosine sums have passes of their own."""
     g = torch.Generator().manual_seed(3)
-    queries, keys = torch.randn(2, 2, 3, 64, generator=g), torch.randn(2, 1, 203, 64, generator=g)
+    queries, keys = torch.randn(2, 2, 3, 64, generator=g), torch.randn(2, 1, 103, 64, generator=g)
     toward = torch.nn.functional.normalize(queries.mean((1, 2)), dim=-1)[:, None, None]
     for slope in (300.0, -300.0):
-        cached = (keys + torch.linspace(0, slope, 203)[:, None] * toward).bfloat16()
+        cached = (keys + torch.linspace(0, slope, 103)[:, None] * toward).bfloat16()
         got, exact = importance_by_kernel(queries.bfloat16(), cached, Scoring(1.0, "max_logits"))
         # logits of a thousand are known to 6e-5
         assert ((got[0].double() - exact[0]).abs() / exact[0].amax(-1, keepdim=True)).max() < 5e-4 and not got[0].isnan().any()
@@ -127,18 +123,6 @@ def test_native_rising_logits_and_the_sums_beside_a_given_lse():
     lse[1, 0, 2] = -math.inf
     got, exact = importance_by_kernel(queries, keys, Scoring(0.2, "max_probs"), lse)
     assert_scores(got, exact)
-
-
-@on_triton
-def test_native_a_request_is_alone():
-    """The same bits twice, and without the other request."""
-    queries, keys = torch.randn(2, 4, 9, 64).bfloat16(), torch.randn(2, 2, 203, 64).bfloat16()
-    how = Scoring(0.2, "max_probs")
-    (whole, _), (again, _), (alone, _) = (
-        importance_by_kernel(queries[r], keys[r], how, request=r) for r in (slice(None), slice(None), slice(1, 2))
-    )  # fmt: skip
-    for a, b, c in zip(whole, again, alone):
-        assert torch.equal(a, b) and torch.equal(a[1:], c)
 
 
 @on_triton
@@ -176,54 +160,6 @@ def test_native_last_neighbours_are_those_of_all_pairs(kind, dtype):
     torch.testing.assert_close(got.similarity.double(), want.similarity, rtol=1e-5, atol=1e-4)
 
 
-@on_triton
-@pytest.mark.parametrize("how", [("smooth_l1", None), ("mse", "inputs"), ("l1", "layer_std"), ("cosine", None)], ids=str)
-def test_native_tiles_of_a_pair(how):
-    """Pairs of three shapes and two pairs of dtypes, more tiles than programs, rows wider than a tile, no mask beside a mask."""
-    from distilkernels.kernels.kv_align import CONFIG, launches
-
-    shapes = [(2, 3, 11, 40), (1, 2, 5, 130), (2, 1, 7, 8)]
-    g = torch.Generator().manual_seed(5)
-    make = lambda dtype: [(torch.randn(shape, generator=g) * 2 + 1).to(dtype) for shape in shapes]
-    student, teacher = make(torch.float32) + make(torch.bfloat16), make(torch.float32) + make(torch.float32)
-    masks = [None if i % 2 else torch.rand(s.shape[:3], generator=g) > 0.3 for i, s in enumerate(student)]
-    coef = torch.tensor([0.5, 1.0, 0.0, 3.0, 1.0, 0.25], dtype=torch.float64)
-    distance = Distance(how[0], 0.7, how[1])
-    grads, sums = [torch.empty_like(s, device=DEVICE) for s in student], torch.empty(6, dtype=torch.float64, device=DEVICE)
-    config = replace(CONFIG, tile=512, widest=64, programs=9)
-    sides = on_device(*student), on_device(*teacher), on_device(*masks)
-    for launch in launches(*sides, distance, coef.to(DEVICE), sums, grads, config):
-        launch.run()
-    exact, wanted = torch.empty(6, dtype=torch.float64), [torch.empty_like(s, dtype=torch.float64) for s in student]
-    alignment([s.double() for s in student], [x.double() for x in teacher], masks, distance, coef, exact, wanted)
-    torch.testing.assert_close(sums.cpu(), exact, rtol=2e-6, atol=1e-6)
-    for got, want in zip(grads, wanted):
-        slack = 4e-3 if got.dtype == torch.bfloat16 else 3e-6
-        torch.testing.assert_close(got.double().cpu(), want, rtol=slack, atol=slack * float(want.abs().max()) * (1 if slack > 1e-3 else 0.1))
-
-
-@on_triton
-def test_native_a_head_is_compacted_over_itself():
-    """Many chunks in place, turned and not, in rows that overlap what is read next."""
-    from distilkernels.kernels.kv_gather import CONFIG, launch
-
-    t, m, d = 97, 61, 24
-    keys, values = torch.randn(2, 2, t, d), torch.randn(2, 2, t, 40).bfloat16()
-    indices = torch.stack([torch.randperm(t)[:m].sort().values for _ in range(4)]).view(2, 2, m).int()
-    indices[1, 1, 50:] = -1
-    table = torch.arange(t)[:, None] * torch.tensor([1.0, 0.3, 0.1])
-    to = torch.arange(m, dtype=torch.int32).expand(2, 2, m).contiguous()
-    for rotation in (None, Rotation(table.cos(), table.sin(), indices.clamp(min=0), to, False)):
-        want = [torch.empty(2, 2, m, x.shape[3], dtype=x.dtype) for x in (keys, values)]
-        gathered(keys, values, indices, rotation, *want)
-        k, v = (x.to(DEVICE).clone() for x in (keys, values))
-        turned = rotation and Rotation(*on_device(*rotation))
-        config = replace(CONFIG, inplace_chunk_bytes=512)
-        launch(k, v, indices.to(DEVICE), turned, k[:, :, :m], v[:, :, :m], True, config).run()
-        torch.testing.assert_close(k[:, :, :m].cpu(), want[0], rtol=1e-6, atol=1e-6)
-        assert torch.equal(v[:, :, :m].cpu(), want[1]) and torch.equal(k[:, :, m:].cpu(), keys[:, :, m:])
-
-
 # ----------------------------------------------------------------------------------------- ahead of time
 
 
@@ -233,7 +169,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def gather_case(dtype, values_dtype=None, half=0, inplace=False, d=128, dv=128, target=True):
     from distilkernels.kernels.kv_gather import launch
-    from distilkernels.primitives.kv_gather import Rotation
+
 
     keys, values, indices = meta(8, 8, 8192, d, dtype=dtype), meta(8, 8, 8192, dv, dtype=values_dtype or dtype), meta(8, 8, 2048, dtype=torch.int32)
     out = [x[:, :, :2048] if inplace else meta(8, 8, 2048, x.shape[3], dtype=x.dtype) for x in (keys, values)]
@@ -262,6 +198,7 @@ def importance_case(dtype, group_reduce, window=32, groups=4, d=128, similar=Tru
 
 def redundancy_case(dtype, d=128, masked=True):
     from distilkernels.kernels.key_redundancy import launches
+
     from distilkernels.primitives.key_redundancy import Redundancy
 
     floats, span = meta(8, 8, 8192, dtype=torch.float32), meta(8, dtype=torch.int32)
@@ -271,6 +208,7 @@ def redundancy_case(dtype, d=128, masked=True):
 
 def align_case(loss, normalize=None, dtype=torch.bfloat16, teacher=None, d=128, grads=True):
     from distilkernels.kernels.kv_align import launches
+
     from distilkernels.primitives.kv_align import Distance
 
     pairs = [meta(8, 8, 24, d, dtype=dtype) for _ in range(64)]
@@ -291,14 +229,8 @@ VARIANTS = {
     "align-cosine": lambda: align_case("cosine", None, torch.float16, torch.float32),
     "align-odd_width": lambda: align_case("smooth_l1", "layer_std", d=1537, grads=False),
     "redundancy": lambda: redundancy_case(torch.bfloat16),
-    "redundancy-float32": lambda: redundancy_case(torch.float32, masked=False),
-    "redundancy-widest": lambda: redundancy_case(torch.float16, 256),
     "redundancy-padded": lambda: redundancy_case(torch.bfloat16, 80),
     "importance-max_logits": lambda: importance_case(torch.bfloat16, "max_logits"),
-    "importance-max_probs": lambda: importance_case(torch.bfloat16, "max_probs", 64, d=80),
-    "importance-mean_probs": lambda: importance_case(torch.float16, "mean_probs", 8, 7, d=256),
-    "importance-none": lambda: importance_case(torch.bfloat16, "none", causal=True, given=True),
-    "importance-float32": lambda: importance_case(torch.float32, "max_logits", 8),
     "recurrence": lambda: recurrence_case(torch.float32),
     "recurrence-prefill": lambda: recurrence_case(torch.bfloat16, 32),
 }

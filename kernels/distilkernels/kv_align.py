@@ -100,7 +100,7 @@ def _moments_kernel(
     block = program % blocks
     pair = (program // blocks).to(tl.int64)
     table += pair * _FIELDS
-    student, teacher, mask, grad, rows, d = _pair(table, S, T, ALIGNED)
+    student, teacher, mask, _, rows, d = _pair(table, S, T, ALIGNED)
     n = tl.full([], 0.0, tl.float64)
     mean_s, squares_s, mean_t, squares_t = n, n, n, n
     for tile in range(block, tl.cdiv(rows, ROWS), blocks):
@@ -189,7 +189,8 @@ def _terms_kernel(
     weight = tl.load(coef + tl.load(table + 4))
     inv_s, inv_t, scale, middle, back = 1.0, 1.0, tl.full([], 1.0, tl.float64), 0.0, 0.0
     if NORMALIZE != "none":
-        n, mean, std_s, std_t = tl.load(moments + pair * _MOMENTS), tl.load(moments + pair * _MOMENTS + 1), tl.load(moments + pair * _MOMENTS + 2), tl.load(moments + pair * _MOMENTS + 5)
+        moments += pair * _MOMENTS
+        n, mean, std_s, std_t = tl.load(moments), tl.load(moments + 1), tl.load(moments + 2), tl.load(moments + 5)
         if NORMALIZE == "inputs":
             inv_s, inv_t, scale, middle = (1 / std_s).to(tl.float32), (1 / std_t).to(tl.float32), 1 / std_s, mean.to(tl.float32)
             if GRADS:
@@ -284,7 +285,7 @@ def launches(
         height = config.tile // width
         tiles = triton.cdiv(max(f[8] for f in rows), height)
         blocks = max(min(tiles, triton.cdiv(config.programs, len(members)), config.most_blocks), 1)
-        make = lambda *shape: torch.empty(shape, dtype=torch.float64, device=coef.device)  # noqa: B023
+        make = lambda *shape: torch.empty(shape, dtype=torch.float64, device=coef.device)
         tiled = {
             "table": table, "blocks": blocks, "S": _TYPES[types[0]], "T": _TYPES[types[1]], "ALIGNED": all(map(_aligned, rows)),
             "ROWS": height, "WIDTH": width,
