@@ -14,10 +14,13 @@ from ..primitives.filter_rows import Filters
 from ..primitives.head import Head
 from ..primitives.sample_rows import Drawn, Noise, Operand
 from ..primitives.topk_select import TopK
+from . import triton_kv
+from .triton_kv import key_redundancy, kv_align, kv_gather, recurrence_update, window_importance  # noqa: F401
 
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
     "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", "coin",
+    *triton_kv.SERVED,
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +43,9 @@ def why_not(primitive: str, *tensors: Tensor, want: Iterable[str] = ()) -> str |
         return "triton is not installed (pip install 'distilkernels[triton]')"
     refused = {t.dtype for t in tensors if t.is_floating_point()}.difference(_DTYPES)
     if refused:
-        return f"Triton kernels take float32, bfloat16 or float16 logits; got {refused.pop()}"
+        return f"Triton kernels take float32, bfloat16 or float16 {'caches' if primitive in triton_kv.SERVED else 'logits'}; got {refused.pop()}"
+    if primitive in triton_kv.SERVED and (reason := triton_kv.why_not(primitive, *tensors)) is not None:
+        return reason
     if primitive.startswith("linear_vocab_stats"):
         if len({t.dtype for t in tensors[:2]}) > 1:
             return f"hidden and weight must have one dtype to be tiles of one GEMM; got {tensors[0].dtype} and {tensors[1].dtype}"
