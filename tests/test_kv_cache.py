@@ -326,13 +326,40 @@ def test_crop_reset_and_batch_changes(llama):
 
 
 def test_gradients_pass_through_a_compressed_cache(llama):
-    """What is kept stays attached: training on a compressed cache is possible."""
-    ids = torch.randint(0, 97, (1, 24))
+    """What is kept stays attached: gradients are those of the full cache with masked columns, of every projection."""
+    ids, mask = padded((0,), 24)
+    weights = [getattr(layer.self_attn, f"{x}_proj").weight for layer in llama.model.layers for x in "qkv"]
     with kv.CompressedCache(llama.config, method=kv.CosineOnly(), budget=8, every=2) as cache:
-        llama(ids[:, :20], past_key_values=cache)
-        loss = sum(llama(ids[:, i : i + 1], past_key_values=cache).logits.logsumexp(-1).sum() for i in range(20, 24))
-        (grad,) = torch.autograd.grad(loss, llama.model.layers[0].self_attn.v_proj.weight)
-    assert grad.isfinite().all() and grad.abs().max() > 0
+        got, said = stream(llama, cache, ids, mask, [16, *[1] * 8])
+    want = full_with_masked_columns(llama, *said)
+    last = lambda logits: sum(x.logsumexp(-1).sum() for x in logits[-4:])
+    for a, b in zip(torch.autograd.grad(last(got), weights), torch.autograd.grad(last(want), weights)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def test_training_the_queries_alone_and_going_on_after_inference_mode(llama):
+    """Slots are written in place only where no graph can have saved them, and where the memory may be written."""
+    ids = torch.randint(0, 97, (1, 26))
+    frozen = [p for p in llama.parameters() if p is not llama.model.layers[0].self_attn.q_proj.weight]
+    options = {"method": kv.RKV(window=4), "budget": 8, "every": 4}
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        with kv.CompressedCache(llama.config, **options) as cache:
+            llama(ids[:, :20], past_key_values=cache)
+            logits = [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 26)]
+            sum(x.logsumexp(-1).sum() for x in logits).backward()
+        assert llama.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+    finally:
+        llama.requires_grad_(True)
+        llama.zero_grad()
+    with kv.CompressedCache(llama.config, **options) as cache:
+        with torch.inference_mode():
+            llama(ids[:, :20], past_key_values=cache)
+        with torch.no_grad():
+            again = [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 26)]
+    for a, b in zip(again, logits):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -406,6 +433,7 @@ def configured(**changes):
 @pytest.mark.parametrize("call,error,match", [
     (lambda: cache(method=kv.RKV), TypeError, "method must be an object such as"),
     (lambda: cache(method="rkv"), TypeError, "method must be an object such as"),
+    (lambda: cache(method=kv.SnapKV(window=4, group_reduce="none")), ValueError, "scores 4 query heads; the cache has 2 KV heads"),
     (lambda: cache(budget=7), ValueError, "budget must be at least 8, the number of protected entries; got 7"),
     (lambda: cache(budget=[16]), ValueError, "budget must have one entry a layer, 2; got 1"),
     (lambda: cache(budget=[16, [16]]), ValueError, "budget must have one number a KV head, 2; got 1"),

@@ -153,6 +153,13 @@ def test_pooling_stays_inside_the_span(pool):
             torch.testing.assert_close(got[i, :, t], want)
 
 
+def test_an_empty_cache_has_no_scores_to_pool():
+    queries, keys = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 0, 8)
+    for method in (kv.RKV(window=2), kv.SnapKV(window=2)):
+        kept = kv.compress(queries, keys, keys, 4, method=method)
+        assert kept.scores.shape == (2, 2, 0) and (kept.selection.indices == -1).all() and (kept.keys == 0).all()
+
+
 def test_pooling_before_a_causal_window_leaves_the_window_alone():
     queries, keys = inputs((1, 2, 2, 40, 64, 6))
     plain = kv.window_importance(queries, keys, causal_window=True)
@@ -379,6 +386,7 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
 @pytest.mark.parametrize("call,error,match", [
     (lambda: kv.window_importance(Q[:1], K), ValueError, "queries .* and keys .* must share B and D"),
     (lambda: kv.window_importance(Q[:, :3], K), ValueError, "Hkv must divide Hq"),
+    (lambda: kv.window_importance(Q[:, :0], K), ValueError, "Hkv must divide Hq"),
     (lambda: kv.window_importance(Q.double(), K), ValueError, "queries must have the keys' dtype"),
     (lambda: kv.window_importance(Q, K[0]), ValueError, r"keys must have shape \[B, H, T, D\]"),
     (lambda: kv.window_importance(Q, K.long()), TypeError, "keys must be float32"),
@@ -390,6 +398,8 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
     (lambda: kv.window_importance(Q, K, query_mask=torch.ones(2, 9).bool()), ValueError, r"query_mask must have shape \(2, 3\)"),
     (lambda: kv.window_importance(Q, K, span=(0, 10)), ValueError, r"span must have 0 ≤ start ≤ stop ≤ T = 9; got \(0, 10\)"),
     (lambda: kv.window_importance(Q, K, span=(torch.tensor([0, 5]), 4)), ValueError, r"got \(5, 4\) for request 1"),
+    (lambda: kv.window_importance(Q, K, span=(0, 2**40)), ValueError, r"got \(0, 1099511627776\)"),
+    (lambda: kv.window_importance(Q, K, span=(torch.tensor([0, 2**32]), torch.tensor([4, 2**32 + 5]))), ValueError, "for request 1"),
     (lambda: kv.window_importance(Q, K, span=5), TypeError, r"span must be \(start, stop\)"),
     (lambda: kv.window_importance(Q, K, span=(0.0, 4)), TypeError, "span's start must be an int"),
     (lambda: kv.window_importance(Q, K, lse=torch.zeros(2, 4, 3)), ValueError, "lse cannot serve group_reduce='max_logits'"),
@@ -401,8 +411,15 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
     (lambda: kv.key_redundancy(K, mode="rkv", pad_in_softmax=True), ValueError, "pad_in_softmax=True belongs to mode='kava'"),
     (lambda: kv.compress(None, K, K, 3, method=kv.RKV()), ValueError, "queries are needed"),
     (lambda: kv.compress(Q, K, K, 3, method=kv.RKV()), ValueError, "budget must be at least 8"),
+    (lambda: kv.compress(Q, K, K, 3, method=kv.KaVa), TypeError, "method must be an object such as KaVa"),
+    (lambda: kv.compress(Q, K, K, 3, method="kava"), TypeError, "method must be an object such as KaVa"),
+    (lambda: kv.compress(Q[:1], K, K, 3, method=kv.LazyEviction()), ValueError, "queries .* and keys .* must share B and D"),
+    (lambda: kv.compress(Q[..., :4], K, K, 3, method=kv.LazyEviction()), ValueError, "queries .* and keys .* must share B and D"),
+    (lambda: kv.compress(Q, K, K, 9, method=kv.SnapKV(window=2), lse=torch.zeros(2, 4)), ValueError, r"lse must have shape \[B, Hq, W\]"),
     (lambda: kv.compress(Q, K, K, 3, method=kv.SnapKV(window=2, group_reduce="none")), ValueError, "scores 4 query heads; the cache has 2 KV heads"),
     (lambda: kv.KaVa(lam=1.5), ValueError, r"lam must be in \[0, 1\]"),
+    (lambda: kv.KaVa(window=0), ValueError, "window must be a positive int"),
+    (lambda: kv.RKV(threshold=-0.5), ValueError, "threshold must be at least 0"),
     (lambda: kv.SnapKV(window=0), ValueError, "window must be a positive int"),
     (lambda: kv.LazyEviction(h2="mri"), ValueError, "h2 must be one of minus_one"),
 ])  # fmt: skip
