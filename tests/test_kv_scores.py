@@ -334,6 +334,24 @@ def test_a_padded_batch_is_its_requests_alone(method, side):
         assert not batch.keys[i].isnan().any() and (batch.keys[i][kept < 0] == 0).all()
 
 
+@pytest.mark.parametrize("method", [kv.RKV(window=8), kv.SnapKV(window=8)], ids=lambda m: type(m).__name__)
+def test_a_masked_query_inside_the_window_counts_nowhere(method):
+    """Known by the keys' mask or by the queries' own, whether those of all tokens are given or the last ones."""
+    queries, keys = inputs((2, 2, 2, 40, 64, 40), kind="clustered")
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, 36] = False
+    others = torch.tensor([i for i in range(32, 40) if i != 36])
+    broken = queries.masked_fill(~real[:, None, :, None], math.nan)
+    for q, own in ((broken, real), (broken[:, :, -8:], real[:, -8:])):
+        by_queries = kv.compress(q, keys, keys, 20, method=method, query_mask=own).scores
+        torch.testing.assert_close(by_queries[:1], kv.compress(queries[:1, :, -8:], keys[:1], keys[:1], 20, method=method).scores)
+        if isinstance(method, kv.RKV):  # no causal places: the query may as well not be there
+            want = kv.window_importance(queries[1:, :, others], keys[1:], span=(0, 32), pool=("max", 7)) * 0.1 - 0.9 * kv.key_redundancy(keys[1:], mode="rkv")
+            torch.testing.assert_close(by_queries[1:], want)
+        by_keys = kv.compress(q, keys, keys, 20, method=method, mask=real).scores
+        assert torch.equal(by_keys, kv.compress(q, keys, keys, 20, method=method, mask=real, query_mask=own).scores) and not by_keys.isnan().any()
+
+
 def test_kava_of_a_chain_of_thought_inside_a_sequence():
     """The span is each request's chain of thought, the queries its answer's."""
     queries, keys = inputs((2, 2, 2, 60, 64, 7), kind="clustered")
