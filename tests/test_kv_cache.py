@@ -255,6 +255,18 @@ def test_positions_keep_their_rotary_embedding(llama):
 
 
 @torch.no_grad()
+def test_queries_of_padding_do_not_score(llama):
+    """A request shorter than the window keeps what it keeps alone."""
+    ids, mask = padded((0, 17), 26)
+    options = {"method": kv.AttentionOnly(window=20), "budget": 4, "every": 1}
+    with kv.CompressedCache(llama.config, **options) as batch, kv.CompressedCache(llama.config, **options) as alone:
+        stream(llama, batch, ids, mask, [26])
+        stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
+    for a, b in zip(batch.layers, alone.layers):
+        assert torch.equal(a.positions[1] - 17, b.positions[0])
+
+
+@torch.no_grad()
 def test_lazy_eviction_knows_every_token_from_its_own_step(llama):
     """With an attention that is never enough, a token was last seen when it came: of a long prompt, a block and single tokens."""
     ids, mask = padded((0, 3), 30)

@@ -122,6 +122,18 @@ def test_a_given_lse_saves_a_pass_and_changes_nothing(backend, device, group_red
 
 
 @pytest.mark.parametrize("backend,device", servers("window_importance"))
+def test_a_causal_query_before_every_key_sees_nothing_and_counts(backend, device):
+    queries, keys = inputs((1, 2, 2, 67, 64, 67))
+    mask = torch.arange(67)[None] >= 8
+    seen = causal(1, 67, 67) & mask[:, None]
+    for group_reduce in ("max_logits", "max_probs", "mean_probs", "none"):
+        got = kv.window_importance(
+            queries.to(device), keys.to(device), mask=mask.to(device), causal_window=True, group_reduce=group_reduce, backend=backend
+        )
+        close(got, listing.importance(queries, keys, seen=seen, group_reduce=group_reduce))
+
+
+@pytest.mark.parametrize("backend,device", servers("window_importance"))
 def test_any_strides(backend, device):
     """Queries and keys as models lay them out: [B, T, H, D] transposed, and a slice of a longer buffer."""
     queries = torch.randn(2, 5, 8, 64, device=device).transpose(1, 2)
