@@ -185,6 +185,10 @@ def test_a_compressed_teacher_brings_its_empty_slots():
     torch.testing.assert_close(loss, by_loop(latents, [(teacher.keys, teacher.values)], [teacher.selection.mask], loss="smooth_l1"))
     loss.backward()
     assert (latents[0][0].grad[1, :, 4:] == 0).all() and (latents[0][0].grad[1, :, :4] != 0).any()
+    # a mask of one's own takes more slots out, and brings no empty one back
+    few = torch.arange(6) > torch.tensor([2, 1])[:, None]
+    want = by_loop(latents, [(teacher.keys, teacher.values)], [teacher.selection.mask & few[:, None]], loss="smooth_l1")
+    torch.testing.assert_close(kv.alignment_loss(latents, [teacher], mask=few), want)
 
 
 def test_projections_are_trained_and_match_other_heads_and_widths():
@@ -373,6 +377,8 @@ LAST = torch.tensor([0, 1])
     (lambda: kv.alignment_loss(S, T, mask=torch.ones(2, 7)), TypeError, "mask must be a bool tensor"),
     (lambda: kv.alignment_loss(S, T, mask=torch.ones(2, 6).bool()), ValueError, r"mask must have shape \(2, 7\) or \(2, 2, 7\)"),
     (lambda: kv.alignment_loss(S, T, mask=[None]), ValueError, "mask must have one entry a student layer"),
+    (lambda: kv.alignment_loss(S, T, mask=1), TypeError, "mask must be a sequence, one entry a student layer; got int"),
+    (lambda: kv.alignment_loss(S, T, layer_weights=2.0), TypeError, "layer_weights must be a sequence"),
     (lambda: kv.alignment_loss(S, T, layer_weights=[1.0]), ValueError, "layer_weights must have one entry a student layer"),
     (lambda: kv.alignment_loss(S, T, projections=[torch.randn(3, 32).double(), None]), ValueError, r"projections\[0\] must map to the teacher's 2·16 = 32"),
     (lambda: kv.hidden_alignment_loss(H[0], H, positions=LAST), TypeError, "student_hidden must be a non-empty sequence"),
@@ -383,6 +389,10 @@ LAST = torch.tensor([0, 1])
     (lambda: kv.hidden_alignment_loss(H, H, positions=torch.zeros(3, dtype=torch.int64)), ValueError, r"must have shape \(2,\), \(2, P\) or \(2, 2, P\)"),
     (lambda: kv.append_latents(*S[0], S[0][0][:, :, :2], S[0][1], torch.tensor([0, 1])), ValueError, "latent_v must have shape"),
     (lambda: kv.append_latents(*S[0], *S[0], torch.zeros(7)), ValueError, "positions must be an int tensor"),
+    (lambda: kv.append_latents(*S[0], *S[0], torch.arange(7), rotate=1.0), TypeError, "rotate must be a Rope"),
+    (lambda: kv.append_latents(*S[0], *S[0], [0, 1]), TypeError, "positions must be an int tensor"),
+    (lambda: kv.append_latents(*S[0], *S[0], torch.zeros(3, 7).long()), ValueError, r"positions must have shape \(7,\) or \(2, 7\)"),
+    (lambda: kv.append_latents(S[0][0], S[0][1][:, :, :2], *S[0], torch.arange(7)), ValueError, "values must share keys'"),
 ])  # fmt: skip
 def test_errors(call, error, match):
     with pytest.raises(error, match=match):

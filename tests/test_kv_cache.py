@@ -255,6 +255,29 @@ def test_positions_keep_their_rotary_embedding(llama):
 
 
 @torch.no_grad()
+def test_queries_of_padding_do_not_score(llama):
+    """A request shorter than the window keeps what it keeps alone."""
+    ids, mask = padded((0, 17), 26)
+    options = {"method": kv.AttentionOnly(window=20), "budget": 4, "every": 1}
+    with kv.CompressedCache(llama.config, **options) as batch, kv.CompressedCache(llama.config, **options) as alone:
+        stream(llama, batch, ids, mask, [26])
+        stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
+    for a, b in zip(batch.layers, alone.layers):
+        assert torch.equal(a.positions[1] - 17, b.positions[0])
+
+
+@torch.no_grad()
+def test_lazy_eviction_knows_every_token_from_its_own_step(llama):
+    """With an attention that is never enough, a token was last seen when it came: of a long prompt, a block and single tokens."""
+    ids, mask = padded((0, 3), 30)
+    with kv.CompressedCache(llama.config, method=kv.LazyEviction(alpha=1.0, window=4), budget=64) as cache:
+        stream(llama, cache, ids, mask, [20, 7, 1, 2])
+        for layer in cache.layers:
+            assert torch.equal(layer.tracker.last_seen, torch.arange(30, dtype=torch.int32).expand(2, 2, 30))
+            assert (layer.tracker.max_interval == 0).all()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
 def test_other_families(family):
     options = {"sliding_window": None} if family == "Mistral" else {"head_dim": 16} if family == "Qwen3" else {}
@@ -326,13 +349,40 @@ def test_crop_reset_and_batch_changes(llama):
 
 
 def test_gradients_pass_through_a_compressed_cache(llama):
-    """What is kept stays attached: training on a compressed cache is possible."""
-    ids = torch.randint(0, 97, (1, 24))
+    """What is kept stays attached: gradients are those of the full cache with masked columns, of every projection."""
+    ids, mask = padded((0,), 24)
+    weights = [getattr(layer.self_attn, f"{x}_proj").weight for layer in llama.model.layers for x in "qkv"]
     with kv.CompressedCache(llama.config, method=kv.CosineOnly(), budget=8, every=2) as cache:
-        llama(ids[:, :20], past_key_values=cache)
-        loss = sum(llama(ids[:, i : i + 1], past_key_values=cache).logits.logsumexp(-1).sum() for i in range(20, 24))
-        (grad,) = torch.autograd.grad(loss, llama.model.layers[0].self_attn.v_proj.weight)
-    assert grad.isfinite().all() and grad.abs().max() > 0
+        got, said = stream(llama, cache, ids, mask, [16, *[1] * 8])
+    want = full_with_masked_columns(llama, *said)
+    last = lambda logits: sum(x.logsumexp(-1).sum() for x in logits[-4:])
+    for a, b in zip(torch.autograd.grad(last(got), weights), torch.autograd.grad(last(want), weights)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def test_training_the_queries_alone_and_going_on_after_inference_mode(llama):
+    """Slots are written in place only where no graph can have saved them, and where the memory may be written."""
+    ids = torch.randint(0, 97, (1, 26))
+    frozen = [p for p in llama.parameters() if p is not llama.model.layers[0].self_attn.q_proj.weight]
+    options = {"method": kv.RKV(window=4), "budget": 8, "every": 4}
+    try:
+        for p in frozen:
+            p.requires_grad_(False)
+        with kv.CompressedCache(llama.config, **options) as cache:
+            llama(ids[:, :20], past_key_values=cache)
+            logits = [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 26)]
+            sum(x.logsumexp(-1).sum() for x in logits).backward()
+        assert llama.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+    finally:
+        llama.requires_grad_(True)
+        llama.zero_grad()
+    with kv.CompressedCache(llama.config, **options) as cache:
+        with torch.inference_mode():
+            llama(ids[:, :20], past_key_values=cache)
+        with torch.no_grad():
+            again = [llama(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 26)]
+    for a, b in zip(again, logits):
+        torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -352,8 +402,9 @@ def test_flash_attentions_own_lse_is_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
     model = tiny("Llama", attn_implementation="sdpa")
     ids, mask = padded((0, 0), 40)
-    for method in (kv.SnapKV(window=5), kv.LazyEviction(alpha=0.02, window=4)):
-        options = {"method": method, "budget": 14, "every": 6}
+    # evicting more often than the window is long leaves some of its lse about keys that are gone: they are not used
+    for method, every in ((kv.SnapKV(window=5), 6), (kv.LazyEviction(alpha=0.02, window=4), 6), (kv.SnapKV(window=5), 2)):
+        options = {"method": method, "budget": 14, "every": every}
         with kv.CompressedCache(model.config, **options) as plain:
             want, _ = stream(model, plain, ids, mask, [26, *[1] * 14])
         model.config._attn_implementation = "flash_attention_2"
@@ -371,12 +422,12 @@ def test_flash_attentions_own_lse_is_used(monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=flash_attn_func))
         assert model.config._attn_implementation == "flash_attention_2"
         model.config._attn_implementation = "sdpa"
-        assert passes and all(passes)
+        assert any(passes) and all(passes) == (every == 6)
         for a, b in zip(got, want):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         for a, b in zip(flash.layers, plain.layers):
             assert torch.equal(a.positions, b.positions)
-    assert calls.count(26) == 6
+    assert calls.count(26) == 9
 
 
 def test_a_model_outside_the_registry_is_noticed():
@@ -406,6 +457,7 @@ def configured(**changes):
 @pytest.mark.parametrize("call,error,match", [
     (lambda: cache(method=kv.RKV), TypeError, "method must be an object such as"),
     (lambda: cache(method="rkv"), TypeError, "method must be an object such as"),
+    (lambda: cache(method=kv.SnapKV(window=4, group_reduce="none")), ValueError, "scores 4 query heads; the cache has 2 KV heads"),
     (lambda: cache(budget=7), ValueError, "budget must be at least 8, the number of protected entries; got 7"),
     (lambda: cache(budget=[16]), ValueError, "budget must have one entry a layer, 2; got 1"),
     (lambda: cache(budget=[16, [16]]), ValueError, "budget must have one number a KV head, 2; got 1"),

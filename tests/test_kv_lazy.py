@@ -116,6 +116,11 @@ def test_an_eviction_window_from_a_sample():
     assert tracker.window() == 1
     tracker.max_interval.copy_(torch.arange(11))
     assert tracker.window(0.8) == 9 and tracker.window(0.5) == 6
+    assert tracker.window(0.0) == 1 and tracker.window(1.0) == 10
+    many = kv.RecurrenceTracker()
+    many.append(torch.zeros(1, 1, 2**24 + 1, dtype=torch.int32))
+    many.max_interval.fill_(3)
+    assert many.window() == 3
 
 
 def test_the_method_replays_the_tracker():
@@ -155,6 +160,9 @@ def started(**options) -> kv.RecurrenceTracker:
     (lambda: started().update(torch.ones(4, 5), 5), ValueError, r"attention must have shape \[B, Hq, T\]"),
     (lambda: started().update(torch.ones(1, 4, 4), 5), ValueError, r"attention must cover \(1, 4, 5\) tracked tokens"),
     (lambda: started().update(torch.ones(1, 4, 6), 5.0), TypeError, "step must be an int"),
+    (lambda: started(num_heads=0), ValueError, "num_heads must be None or a positive int; got 0"),
+    (lambda: started().keep([0]), TypeError, "selection must be a KVSelection"),
+    (lambda: started().window(1.5), ValueError, r"quantile must be in \[0, 1\]; got 1.5"),
     (lambda: started(num_heads=3), ValueError, "a multiple of num_heads = 3"),
     (lambda: started().keep(torch.zeros(1, 2, 3, dtype=torch.int32)), ValueError, "selection must have indices"),
 ])  # fmt: skip

@@ -122,6 +122,18 @@ def test_a_given_lse_saves_a_pass_and_changes_nothing(backend, device, group_red
 
 
 @pytest.mark.parametrize("backend,device", servers("window_importance"))
+def test_a_causal_query_before_every_key_sees_nothing_and_counts(backend, device):
+    queries, keys = inputs((1, 2, 2, 67, 64, 67))
+    mask = torch.arange(67)[None] >= 8
+    seen = causal(1, 67, 67) & mask[:, None]
+    for group_reduce in ("max_logits", "max_probs", "mean_probs", "none"):
+        got = kv.window_importance(
+            queries.to(device), keys.to(device), mask=mask.to(device), causal_window=True, group_reduce=group_reduce, backend=backend
+        )
+        close(got, listing.importance(queries, keys, seen=seen, group_reduce=group_reduce))
+
+
+@pytest.mark.parametrize("backend,device", servers("window_importance"))
 def test_any_strides(backend, device):
     """Queries and keys as models lay them out: [B, T, H, D] transposed, and a slice of a longer buffer."""
     queries = torch.randn(2, 5, 8, 64, device=device).transpose(1, 2)
@@ -151,6 +163,13 @@ def test_pooling_stays_inside_the_span(pool):
             if t in inside:
                 want = torch.stack(near).amax(0) if kind == "max" else torch.stack(near).sum(0) / size
             torch.testing.assert_close(got[i, :, t], want)
+
+
+def test_an_empty_cache_has_no_scores_to_pool():
+    queries, keys = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 0, 8)
+    for method in (kv.RKV(window=2), kv.SnapKV(window=2)):
+        kept = kv.compress(queries, keys, keys, 4, method=method)
+        assert kept.scores.shape == (2, 2, 0) and (kept.selection.indices == -1).all() and (kept.keys == 0).all()
 
 
 def test_pooling_before_a_causal_window_leaves_the_window_alone():
@@ -327,6 +346,24 @@ def test_a_padded_batch_is_its_requests_alone(method, side):
         assert not batch.keys[i].isnan().any() and (batch.keys[i][kept < 0] == 0).all()
 
 
+@pytest.mark.parametrize("method", [kv.RKV(window=8), kv.SnapKV(window=8)], ids=lambda m: type(m).__name__)
+def test_a_masked_query_inside_the_window_counts_nowhere(method):
+    """Known by the keys' mask or by the queries' own, whether those of all tokens are given or the last ones."""
+    queries, keys = inputs((2, 2, 2, 40, 64, 40), kind="clustered")
+    real = torch.ones(2, 40, dtype=torch.bool)
+    real[1, 36] = False
+    others = torch.tensor([i for i in range(32, 40) if i != 36])
+    broken = queries.masked_fill(~real[:, None, :, None], math.nan)
+    for q, own in ((broken, real), (broken[:, :, -8:], real[:, -8:])):
+        by_queries = kv.compress(q, keys, keys, 20, method=method, query_mask=own).scores
+        torch.testing.assert_close(by_queries[:1], kv.compress(queries[:1, :, -8:], keys[:1], keys[:1], 20, method=method).scores)
+        if isinstance(method, kv.RKV):  # no causal places: the query may as well not be there
+            want = kv.window_importance(queries[1:, :, others], keys[1:], span=(0, 32), pool=("max", 7)) * 0.1 - 0.9 * kv.key_redundancy(keys[1:], mode="rkv")
+            torch.testing.assert_close(by_queries[1:], want)
+        by_keys = kv.compress(q, keys, keys, 20, method=method, mask=real).scores
+        assert torch.equal(by_keys, kv.compress(q, keys, keys, 20, method=method, mask=real, query_mask=own).scores) and not by_keys.isnan().any()
+
+
 def test_kava_of_a_chain_of_thought_inside_a_sequence():
     """The span is each request's chain of thought, the queries its answer's."""
     queries, keys = inputs((2, 2, 2, 60, 64, 7), kind="clustered")
@@ -379,6 +416,7 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
 @pytest.mark.parametrize("call,error,match", [
     (lambda: kv.window_importance(Q[:1], K), ValueError, "queries .* and keys .* must share B and D"),
     (lambda: kv.window_importance(Q[:, :3], K), ValueError, "Hkv must divide Hq"),
+    (lambda: kv.window_importance(Q[:, :0], K), ValueError, "Hkv must divide Hq"),
     (lambda: kv.window_importance(Q.double(), K), ValueError, "queries must have the keys' dtype"),
     (lambda: kv.window_importance(Q, K[0]), ValueError, r"keys must have shape \[B, H, T, D\]"),
     (lambda: kv.window_importance(Q, K.long()), TypeError, "keys must be float32"),
@@ -390,6 +428,8 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
     (lambda: kv.window_importance(Q, K, query_mask=torch.ones(2, 9).bool()), ValueError, r"query_mask must have shape \(2, 3\)"),
     (lambda: kv.window_importance(Q, K, span=(0, 10)), ValueError, r"span must have 0 ≤ start ≤ stop ≤ T = 9; got \(0, 10\)"),
     (lambda: kv.window_importance(Q, K, span=(torch.tensor([0, 5]), 4)), ValueError, r"got \(5, 4\) for request 1"),
+    (lambda: kv.window_importance(Q, K, span=(0, 2**40)), ValueError, r"got \(0, 1099511627776\)"),
+    (lambda: kv.window_importance(Q, K, span=(torch.tensor([0, 2**32]), torch.tensor([4, 2**32 + 5]))), ValueError, "for request 1"),
     (lambda: kv.window_importance(Q, K, span=5), TypeError, r"span must be \(start, stop\)"),
     (lambda: kv.window_importance(Q, K, span=(0.0, 4)), TypeError, "span's start must be an int"),
     (lambda: kv.window_importance(Q, K, lse=torch.zeros(2, 4, 3)), ValueError, "lse cannot serve group_reduce='max_logits'"),
@@ -401,8 +441,15 @@ Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8)
     (lambda: kv.key_redundancy(K, mode="rkv", pad_in_softmax=True), ValueError, "pad_in_softmax=True belongs to mode='kava'"),
     (lambda: kv.compress(None, K, K, 3, method=kv.RKV()), ValueError, "queries are needed"),
     (lambda: kv.compress(Q, K, K, 3, method=kv.RKV()), ValueError, "budget must be at least 8"),
+    (lambda: kv.compress(Q, K, K, 3, method=kv.KaVa), TypeError, "method must be an object such as KaVa"),
+    (lambda: kv.compress(Q, K, K, 3, method="kava"), TypeError, "method must be an object such as KaVa"),
+    (lambda: kv.compress(Q[:1], K, K, 3, method=kv.LazyEviction()), ValueError, "queries .* and keys .* must share B and D"),
+    (lambda: kv.compress(Q[..., :4], K, K, 3, method=kv.LazyEviction()), ValueError, "queries .* and keys .* must share B and D"),
+    (lambda: kv.compress(Q, K, K, 9, method=kv.SnapKV(window=2), lse=torch.zeros(2, 4)), ValueError, r"lse must have shape \[B, Hq, W\]"),
     (lambda: kv.compress(Q, K, K, 3, method=kv.SnapKV(window=2, group_reduce="none")), ValueError, "scores 4 query heads; the cache has 2 KV heads"),
     (lambda: kv.KaVa(lam=1.5), ValueError, r"lam must be in \[0, 1\]"),
+    (lambda: kv.KaVa(window=0), ValueError, "window must be a positive int"),
+    (lambda: kv.RKV(threshold=-0.5), ValueError, "threshold must be at least 0"),
     (lambda: kv.SnapKV(window=0), ValueError, "window must be a positive int"),
     (lambda: kv.LazyEviction(h2="mri"), ValueError, "h2 must be one of minus_one"),
 ])  # fmt: skip

@@ -150,6 +150,22 @@ def test_gather_in_place(backend, device):
         assert torch.equal(buffer.cpu()[:, :, :, m:], before[:, :, :, m:])
 
 
+@pytest.mark.parametrize("backend,device", servers("kv_gather"))
+def test_a_graph_notices_that_its_cache_was_compacted(backend, device):
+    """What attention saved for its backward is overwritten: an error there, never another gradient."""
+    query = torch.randn(1, 2, 3, 8, device=device, requires_grad=True)
+    keys, values = torch.randn(1, 2, 9, 8, device=device), torch.randn(1, 2, 9, 8, device=device)
+    loss = (query @ keys.mT).sum()
+    kv.gather(keys, values, some_indices(1, 2, 9, 4).to(device), inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        keys = torch.randn(1, 2, 9, 8, device=device)
+        want = keys[:, :, 5:].clone()
+        indices = torch.arange(5, 9, device=device).expand(1, 2, 4)
+        assert torch.equal(kv.gather(keys, keys.clone(), indices, inplace=True, backend=backend)[0], want)
+
+
 def test_gather_of_nothing():
     empty = torch.zeros(2, 2, 0, dtype=torch.int32)
     keys = torch.randn(2, 2, 5, 8)
@@ -277,9 +293,12 @@ X, I = torch.randn(1, 2, 9, 8), torch.tensor([[[1, 4], [0, -1]]])
     (lambda: kv.gather(X, X, I.float()), TypeError, "selection must be a KVSelection"),
     (lambda: kv.gather(X, X, I[0]), ValueError, "selection must have indices of shape"),
     (lambda: kv.gather(X, X, I + 6), ValueError, r"selection\[0, 0, 1\] is 10; indices must be in \[0, 9\) or -1"),
+    (lambda: kv.gather(X, X, I + 2**32), ValueError, r"selection\[0, 0, 0\] is 4294967297; indices must be in"),
     (lambda: kv.gather(X, X, I - 1), ValueError, r"selection\[0, 1, 1\] is -2"),
     (lambda: kv.gather(X, X, I.flip(-1), inplace=True), ValueError, "indices ascending, empty slots last"),
     (lambda: kv.gather(X, X, torch.tensor([[[-1, 2], [0, 1]]]), inplace=True), ValueError, "indices ascending, empty slots last"),
+    (lambda: kv.gather(X, X, I[:, :, :1], inplace=True), ValueError, "what is compacted twice is lost"),
+    (lambda: kv.gather(X[:, :1].expand(1, 2, 9, 8), X.clone(), I, inplace=True), ValueError, "needs keys whose heads have memory of their own"),
     (lambda: kv.gather(X.clone().requires_grad_(), X, I, inplace=True), ValueError, "would overwrite keys, which require a gradient"),
     (lambda: kv.gather(X.mT.contiguous().mT, X.clone(), I, inplace=True), ValueError, "needs keys with last stride 1"),
     (lambda: kv.gather(X, X, I, rotate=1.0), TypeError, "rotate must be a Rope"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..primitives.kv_align import LOSSES, NORMALIZE, Distance, distances
 from .compress import CompressedKV
 from .scores import checked_keys
+from .select import Rope, gather
 
 REDUCTIONS = ("mean", "sum", "none")
 Projection = Tensor | Callable[[Tensor], Tensor]
@@ -38,7 +39,7 @@ def alignment_loss(
             over real elements, at least 1e-6), "inputs" divides both sides by their own std, with its gradient. Cosine has no
             scale: "layer_std" is refused there, "inputs" changes nothing.
         mask: bool [B, M], [B, H, M] or [L, B, H, M], or a sequence with one of the first two (or None) a student layer; True = real.
-            Masked elements may hold anything. All masked: 0, attached to the graph.
+            Masked elements may hold anything, and empty slots of a :class:`CompressedKV` stay masked. All masked: 0, attached to the graph.
         layer_weights: one a student layer, floats or a tensor [L].
         layer_map: the teacher layer of each student layer, as a sequence, or {student: teacher} for some of them. Default: one to one.
         projections: where heads or widths differ, one linear map a student layer (or a pair, for keys and for values; None: identity)
@@ -68,11 +69,11 @@ def alignment_loss(
                 raise ValueError(
                     f"student layer {s} and teacher layer {t} must have {name} of one shape, or a projection; got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
-        given = masks[s] if mask is not None else teacher_masks[t]
         # one mask of all layers is one tensor, so that its real slots are counted once
-        key = id(given), ours[0].shape
+        key = id(masks[s]), id(teacher_masks[t]), ours[0].shape
         if key not in known:
-            known[key] = _checked_slots(given, ours[0])
+            given, filled = (_checked_slots(m, ours[0]) for m in (masks[s], teacher_masks[t]))
+            known[key] = filled if given is None else given if filled is None else given & filled
         slots += [known[key]] * 2
         left += ours
         right += theirs
@@ -148,7 +149,7 @@ class AppendedKV(NamedTuple):
 
 def append_latents(
     keys: Tensor, values: Tensor, latent_k: Tensor, latent_v: Tensor, positions: Tensor, *, cached_positions: Tensor | None = None,
-    rotate: Any = None,
+    rotate: Rope | None = None,
 ) -> AppendedKV:  # fmt: skip
     """A cache with N latent entries after its own, as cache augmentation has them (arXiv 2412.17747); differentiable in all four.
 
@@ -167,11 +168,13 @@ def append_latents(
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    from .select import Rope, gather
-
     checked_keys("keys", keys)
     checked_keys("values", values)
     b, heads, length, _ = keys.shape
+    if values.shape[:3] != keys.shape[:3]:
+        raise ValueError(f"values must share keys' [B, H, T] {tuple(keys.shape[:3])}; got {tuple(values.shape)}")
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"positions must be an int tensor [N] or [B, N]; got {type(positions).__name__}")
     if positions.dtype not in (torch.int32, torch.int64) or positions.dim() not in (1, 2):
         raise ValueError(f"positions must be an int tensor [N] or [B, N]; got {positions.dtype} {tuple(positions.shape)}")
     count = positions.shape[-1]
@@ -182,11 +185,15 @@ def append_latents(
         if tuple(latent.shape) != want:
             raise ValueError(f"{name} must have shape {want} or {want[1:]}; got {tuple(latent.shape)}")
         latents.append(latent)
+    if positions.dim() == 2 and positions.shape[0] != b:
+        raise ValueError(f"positions must have shape ({count},) or {(b, count)}; got {tuple(positions.shape)}")
     positions = positions.long().expand(b, count)
     if cached_positions is None:
         cached_positions = torch.arange(length, device=keys.device).expand(b, length)
     elif tuple(cached_positions.shape) != (b, length):
         raise ValueError(f"cached_positions must have shape {(b, length)}; got {tuple(cached_positions.shape)}")
+    if rotate is not None and not isinstance(rotate, Rope):
+        raise TypeError(f"rotate must be a Rope; got {type(rotate).__name__}")
     if rotate is not None:
         zero = torch.zeros(b, count, dtype=torch.int64, device=keys.device)
         turn = Rope(rotate.inv_freq, source=zero, target=positions, interleaved=rotate.interleaved, max_position=rotate.max_position)
@@ -295,6 +302,8 @@ def _paired(layer_map, students: int, teachers: int) -> list[tuple[int, int]]:
 def _checked_per_layer(name: str, given, layers: int) -> list:
     if given is None:
         return [None] * layers
+    if not isinstance(given, Sequence | Tensor) or isinstance(given, str):
+        raise TypeError(f"{name} must be a sequence, one entry a student layer; got {type(given).__name__}")
     given = list(given)
     if len(given) != layers:
         raise ValueError(f"{name} must have one entry a student layer, {layers}; got {len(given)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import numbers
 import weakref
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .attention import base_of, unwatch, watch
-from .compress import Cached, LazyEviction, Method
+from .compress import Cached, LazyEviction, Method, check_heads, check_method
 from .scores import window_importance
 from .select import gather, select
 
@@ -78,8 +77,8 @@ class CompressedLayer(DynamicLayer):
     def _appended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The cache with new entries: in the room that the last eviction left, or by concatenation."""
         held, fresh = self.keys.shape[2], keys.shape[2]
-        inference = not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
-        if self._buffers is not None and inference and held + fresh <= self._buffers[0].shape[2]:
+        # a graph may have saved what it holds, also where only the queries are trained
+        if self._buffers is not None and held + fresh <= self._buffers[0].shape[2] and _writable(self._buffers[0]):
             for buffer, new in zip(self._buffers, (keys, values)):
                 buffer[:, :, held : held + fresh] = new
             return tuple(buffer[:, :, : held + fresh] for buffer in self._buffers)
@@ -167,8 +166,10 @@ class CompressedLayer(DynamicLayer):
                 self._track(query, real, scale, lse)
             elif self.window:
                 self._remember(query, real, lse)
-            if self.keys.shape[2] > self.slots and self.since >= self.every:
-                self._evict(scale)
+            if self.keys.shape[2] <= self.slots or self.since < self.every:
+                return
+            indices = self._chosen(scale)
+        self._compact(indices)
 
     def _remember(self, query: Tensor, real: Tensor | None, lse: Tensor | None) -> None:
         """The last `window` queries; a copy of them, so that a prompt's are not held."""
@@ -211,7 +212,8 @@ class CompressedLayer(DynamicLayer):
             )  # fmt: skip
             self.tracker.update(attention.view(batch, kv_heads, stop), self.seen - width + row)
 
-    def _evict(self, scale: float | None) -> None:
+    def _chosen(self, scale: float | None) -> Tensor:
+        """Which slots to keep, int32 [B, H, slots]: ascending, empty ones first, so that what is held ends at the newest token in every head."""
         batch, kv_heads, length, _ = self.keys.shape
         if self.tracker is not None:
             scores = self.tracker.scores(self.seen - 1)
@@ -224,8 +226,10 @@ class CompressedLayer(DynamicLayer):
             scores, self.limits.expand(batch, kv_heads), protect_first=self.protect_first, protect_last=self.method.protected,
             mask=self.valid, slots=self.slots, backend=self.backend,
         )  # fmt: skip
-        # empty slots first: what is held ends at the newest token in every head
-        indices = kept.indices.sort(dim=-1).values
+        return kept.indices.sort(dim=-1).values
+
+    def _compact(self, indices: Tensor) -> None:
+        """Keeps these alone; keys and values stay attached to a graph."""
         keys, values = gather(self.keys, self.values, indices, backend=self.backend)
         held = indices >= 0
         self.positions = self.positions.gather(2, indices.clamp(min=0).long()).masked_fill_(~held, -1)
@@ -233,12 +237,11 @@ class CompressedLayer(DynamicLayer):
             self.valid = held
         if self.tracker is not None:
             self.tracker.keep(indices)
-        self._buffers = tuple(t.new_empty(batch, kv_heads, self.slots + self.every, t.shape[3]) for t in (keys, values))
-        for buffer, t in zip(self._buffers, (keys, values)):
-            buffer[:, :, : self.slots] = t
-        if torch.is_grad_enabled() and (self.keys.requires_grad or self.values.requires_grad):
-            self._buffers = None
-        else:
+        self._buffers = None
+        if not torch.is_grad_enabled():
+            self._buffers = tuple(t.new_empty(*t.shape[:2], self.slots + self.every, t.shape[3]) for t in (keys, values))
+            for buffer, t in zip(self._buffers, (keys, values)):
+                buffer[:, :, : self.slots] = t
             keys, values = (buffer[:, :, : self.slots] for buffer in self._buffers)
         self.keys, self.values = keys, values
         self.since = 0
@@ -256,6 +259,10 @@ class CompressedLayer(DynamicLayer):
                 lse = self._folded(self.queries_lse.unflatten(1, (kv_heads, -1)))
         start = torch.zeros(batch * kv_heads, dtype=torch.int32, device=self.device)
         return Cached(queries, self._folded(self.keys)[:, None], start, start + length, self._folded(self.valid), real, scale, lse, self.backend)
+
+
+def _writable(buffer: Tensor) -> bool:
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not buffer.is_inference())
 
 
 class CompressedCache(Cache):
@@ -297,10 +304,10 @@ class CompressedCache(Cache):
         if hasattr(config, "config"):
             raise TypeError(f"config must be a model's config, such as model.config; got {type(config).__name__}")
         config = config.get_text_config(decoder=True)
-        if inspect.isclass(method) or not hasattr(method, "scores") or not hasattr(method, "protected"):
-            raise TypeError(f"method must be an object such as KaVa() or RKV(); got {method!r}")
+        check_method(method)
         _check_layers(config)
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        check_heads(method, config.num_attention_heads, kv_heads)
         every = max(getattr(method, "window", method.protected), 1) if every is None else every
         if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
             raise ValueError(f"every must be a positive int; got {every!r}")

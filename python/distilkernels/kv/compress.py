@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -12,7 +13,21 @@ from torch import Tensor
 from ..primitives.key_redundancy import Redundancy, column_means, redundancy
 from ..primitives.window_importance import score_dtype
 from .lazy import RecurrenceTracker, check_h2
-from .scores import Span, checked_keys, checked_mask, checked_span, counted, key_redundancy, scored, softmax_over, unique_scores, window_importance
+from .scores import (
+    Span,
+    check_lse_shape,
+    check_queries,
+    check_threshold,
+    checked_keys,
+    checked_mask,
+    checked_span,
+    counted,
+    key_redundancy,
+    scored,
+    softmax_over,
+    unique_scores,
+    window_importance,
+)
 from .select import KVSelection, Rope, gather, select
 
 
@@ -88,9 +103,9 @@ class KaVa:
 
     def __post_init__(self):
         _fraction("lam", self.lam)
+        _window(self.window)
 
     def scores(self, cached: Cached) -> Tensor:
-        found = None
         if self.lam > 0:
             found, sums = scored(
                 _needed(cached.queries), cached.keys, span=cached.span, mask=cached.mask, query_mask=cached.query_mask, scale=cached.scale,
@@ -147,6 +162,7 @@ class RKV:
     def __post_init__(self):
         _fraction("lam", self.lam)
         _window(self.window)
+        check_threshold(self.threshold)
 
     @property
     def protected(self) -> int:
@@ -286,11 +302,13 @@ def compress(
     """
     checked_keys("keys", keys)
     mask = checked_mask("mask", mask, (keys.shape[0], keys.shape[2]), keys.device)
+    check_method(method)
     if queries is not None:
-        checked_keys("queries", queries)
+        check_queries(queries, keys)
         query_mask = checked_mask("query_mask", query_mask, (queries.shape[0], queries.shape[2]), keys.device)
-    if getattr(method, "group_reduce", None) == "none" and queries is not None and queries.shape[1] != keys.shape[1]:
-        raise ValueError(f"method with group_reduce='none' scores {queries.shape[1]} query heads; the cache has {keys.shape[1]} KV heads to keep entries of")
+        if lse is not None:
+            check_lse_shape(lse, tuple(queries.shape[:3]), keys)
+        check_heads(method, queries.shape[1], keys.shape[1])
     start, stop = checked_span(span, keys, mask)
     cached = Cached(queries, keys, start, stop, mask, query_mask, scale, lse, backend)
     with torch.no_grad():
@@ -299,6 +317,16 @@ def compress(
             scores, budget, protect_first=protect_first, protect_last=method.protected, mask=cached.counted, order=order, backend=backend
         )
     return CompressedKV(*gather(keys, values, selection, inplace=inplace, rotate=rotate, backend=backend), selection, scores)
+
+
+def check_method(method: Method) -> None:
+    if inspect.isclass(method) or not hasattr(method, "scores") or not hasattr(method, "protected"):
+        raise TypeError(f"method must be an object such as KaVa() or RKV(); got {method!r}")
+
+
+def check_heads(method: Method, query_heads: int, kv_heads: int) -> None:
+    if getattr(method, "group_reduce", None) == "none" and query_heads != kv_heads:
+        raise ValueError(f"method with group_reduce='none' scores {query_heads} query heads; the cache has {kv_heads} KV heads to keep entries of")
 
 
 def _fraction(name: str, value: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 
@@ -51,6 +52,8 @@ class RecurrenceTracker:
         if not alpha >= 0:
             raise ValueError(f"alpha must be at least 0; got {alpha}")
         check_h2(h2)
+        if num_heads is not None and (isinstance(num_heads, bool) or not isinstance(num_heads, numbers.Integral) or num_heads < 1):
+            raise ValueError(f"num_heads must be None or a positive int; got {num_heads!r}")
         self.alpha, self.num_heads, self.h2, self.backend = float(alpha), num_heads, h2, backend
         self._last = self._interval = None
         self._length = 0
@@ -117,6 +120,8 @@ class RecurrenceTracker:
     def keep(self, selection: KVSelection | Tensor) -> None:
         """Forget all but the selected tokens: what is done to the cache. Empty slots track nothing that ever scores."""
         indices = selection.indices if isinstance(selection, KVSelection) else selection
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"selection must be a KVSelection or an int tensor of indices; got {type(selection).__name__}")
         if indices.dim() != 3 or indices.shape[:2] != self.last_seen.shape[:2]:
             raise ValueError(f"selection must have indices [B, H, M] with [B, H] = {tuple(self.last_seen.shape[:2])}; got {tuple(indices.shape)}")
         place, empty = indices.clamp(min=0).long(), indices < 0
@@ -130,8 +135,14 @@ class RecurrenceTracker:
 
     def window(self, quantile: float = 0.8) -> int:
         """An eviction window from a sample: that quantile of the largest gaps of the tokens that have one (the paper: 0.8). Reads values."""
-        gaps = self.max_interval[self.max_interval > 0]
-        return int(gaps.double().quantile(quantile).ceil()) if gaps.numel() else 1
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"quantile must be in [0, 1]; got {quantile}")
+        gaps = self.max_interval[self.max_interval > 0].sort().values  # torch.quantile takes 2²⁴ numbers at most
+        if not len(gaps):
+            return 1
+        place = quantile * (len(gaps) - 1)
+        low, high = int(gaps[math.floor(place)]), int(gaps[math.ceil(place)])
+        return math.ceil(low + (high - low) * (place % 1))
 
 
 def check_h2(h2: str) -> None:

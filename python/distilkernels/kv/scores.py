@@ -70,13 +70,8 @@ def scored(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """:func:`window_importance`, and the cosine sums over `similarity_span` from the same reads where that is given."""
     checked_keys("keys", keys)
-    checked_keys("queries", queries)
+    check_queries(queries, keys)
     b, heads, width, dim = queries.shape
-    if (keys.shape[0], keys.shape[3]) != (b, dim) or keys.shape[1] == 0 or heads % keys.shape[1]:
-        shapes = f"{tuple(queries.shape)} and {tuple(keys.shape)}"
-        raise ValueError(f"queries [B, Hq, W, D] and keys [B, Hkv, T, D] must share B and D, and Hkv must divide Hq; got {shapes}")
-    if (queries.dtype, queries.device) != (keys.dtype, keys.device):
-        raise ValueError(f"queries must have the keys' dtype and device, {keys.dtype} on {keys.device}; got {queries.dtype} on {queries.device}")
     mask = checked_mask("mask", mask, (b, keys.shape[2]), keys.device)
     query_mask = checked_mask("query_mask", query_mask, (b, width), keys.device)
     _one_of("group_reduce", group_reduce, GROUP_REDUCE)
@@ -102,13 +97,14 @@ def key_redundancy(
     keys: Tensor, *, mode: str = "kava", span: Span | None = None, mask: Tensor | None = None, threshold: float = 0.5,
     pad_in_softmax: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """How much each key resembles the others of its head, from cosines C = k̂k̂ᵀ with a zero diagonal; [T, T] never exists.
+    """How much each key resembles the others of its head, from cosines C = k̂k̂ᵀ with a zero diagonal, without [T, T] in memory.
 
     The two published scores have opposite signs, kept as published:
 
     * "kava" (arXiv 2510.02312), high = unique: softmax over i of −Σ_j C[j, i]/n, n keys that count. O(T·D).
     * "rkv" (R-KV), high = redundant: of each row i the last column with C[i, j] > threshold, else the first valid column, is zeroed;
-      then softmax over j of the mean over i of C[i, j]. O(T·D) plus a scan for those neighbours, O(T) memory.
+      then softmax over j of the mean over i of C[i, j]. O(T·D) plus a scan for those neighbours, O(T) memory
+      (the reference, which serves float64, takes [T, T] for it).
 
     Args:
         keys: [B, H, T, D] float32, bfloat16, float16 or float64. Norms and cosines are float32 at least.
@@ -131,8 +127,7 @@ def key_redundancy(
     span = checked_span(span, keys, None)
     if pad_in_softmax and mode != "kava":
         raise ValueError("pad_in_softmax=True belongs to mode='kava'; got mode='rkv'")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be at least 0, the cosine that a key has with itself here; got {threshold}")
+    check_threshold(threshold)
     found = redundancy(_rows(keys), *span, mask, threshold=float(threshold), neighbours=mode == "rkv", backend=backend)
     inside = counted(keys, span, mask)
     if mode == "rkv":
@@ -156,6 +151,8 @@ def softmax_over(x: Tensor, inside: Tensor) -> Tensor:
 
 def _pooled(scores: Tensor, inside: Tensor, kind: str, size: int) -> Tensor:
     """Scores pooled along T among the keys inside (bool [B, T]); the others as they were."""
+    if scores.numel() == 0:
+        return scores
     inside = inside[:, None].expand(scores.shape)
     if kind == "max":
         x = F.max_pool1d(scores.masked_fill(~inside, -math.inf), size, stride=1, padding=size // 2)
@@ -180,6 +177,21 @@ def checked_keys(name: str, keys: Tensor) -> None:
         raise ValueError(f"{name} must have shape [B, H, T, D] with D ≥ 1; got {tuple(keys.shape)}")
 
 
+def check_threshold(threshold: float) -> None:
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be at least 0, the cosine that a key has with itself here; got {threshold}")
+
+
+def check_queries(queries: Tensor, keys: Tensor) -> None:
+    checked_keys("queries", queries)
+    (b, heads, _, dim), kv_heads = queries.shape, keys.shape[1]
+    if (keys.shape[0], keys.shape[3]) != (b, dim) or heads == 0 or kv_heads == 0 or heads % kv_heads:
+        shapes = f"{tuple(queries.shape)} and {tuple(keys.shape)}"
+        raise ValueError(f"queries [B, Hq, W, D] and keys [B, Hkv, T, D] must share B and D, and Hkv must divide Hq; got {shapes}")
+    if (queries.dtype, queries.device) != (keys.dtype, keys.device):
+        raise ValueError(f"queries must have the keys' dtype and device, {keys.dtype} on {keys.device}; got {queries.dtype} on {queries.device}")
+
+
 def checked_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
     if mask is None:
         return None
@@ -202,28 +214,27 @@ def checked_span(span: Span | None, keys: Tensor, real: Tensor | None) -> tuple[
         return torch.zeros(b, dtype=torch.int32, device=device), stop
     if not isinstance(span, Sequence) or len(span) != 2:
         raise TypeError(f"span must be (start, stop), ints or int tensors [B]; got {span!r}")
-    start, stop = (_per_request(f"span's {name}", value, b, device) for name, value in zip(("start", "stop"), span))
     complaint = f"span must have 0 ≤ start ≤ stop ≤ T = {t}; got ({{}}, {{}})"
-    if all(isinstance(value, numbers.Integral) for value in span):
-        if not 0 <= span[0] <= span[1] <= t:
-            raise ValueError(complaint.format(*span))
-    elif device.type == "cpu" and plain_eager(start, stop):
+    if all(isinstance(value, numbers.Integral) for value in span) and not 0 <= span[0] <= span[1] <= t:
+        raise ValueError(complaint.format(*span))
+    start, stop = (_per_request(f"span's {name}", value, b, device) for name, value in zip(("start", "stop"), span))
+    if device.type == "cpu" and plain_eager(start, stop):
         bad = (start < 0) | (stop < start) | (stop > t)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(complaint.format(int(start[row]), int(stop[row])) + f" for request {row}")
-    start = start.clamp(0, t)
-    return start, torch.maximum(stop.clamp(0, t), start)
+    start = start.clamp(0, t).int()
+    return start, torch.maximum(stop.clamp(0, t).int(), start)
 
 
 def _per_request(name: str, value: int | Tensor, b: int, device: torch.device) -> Tensor:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return torch.full((b,), int(value), dtype=torch.int32, device=device)
+        return torch.full((b,), int(value), dtype=torch.int64, device=device)
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int or an int tensor [B]; got {value.dtype if isinstance(value, Tensor) else type(value).__name__}")
     if tuple(value.shape) != (b,) or value.device != device:
         raise ValueError(f"{name} must have shape ({b},) on {device}; got {tuple(value.shape)} on {value.device}")
-    return value.int().contiguous()
+    return value.contiguous()
 
 
 def _check_lse(lse: Tensor, shape: tuple[int, ...], group_reduce: str, span: Span | None, keys: Tensor) -> None:
@@ -231,6 +242,10 @@ def _check_lse(lse: Tensor, shape: tuple[int, ...], group_reduce: str, span: Spa
         raise ValueError("lse cannot serve group_reduce='max_logits': that softmax is over the group's largest logits, not over a head's own; leave lse out")
     if span is not None:
         raise ValueError("lse cannot serve a span: it is over every key that the query saw; leave one of them out")
+    check_lse_shape(lse, shape, keys)
+
+
+def check_lse_shape(lse: Tensor, shape: tuple[int, ...], keys: Tensor) -> None:
     if not isinstance(lse, Tensor) or not lse.is_floating_point():
         raise TypeError(f"lse must be a floating point tensor; got {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
     if tuple(lse.shape) != shape or lse.device != keys.device:

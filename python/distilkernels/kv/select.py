@@ -80,7 +80,7 @@ def select(
         indices = top_k(ranked, kept, Head(), backend).ids.view(b, heads, kept)
     else:
         indices = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :kept].int()
-    counts = torch.minimum(limits, valid.sum(-1)).clamp(max=kept).int()
+    counts = torch.minimum(limits, valid.sum(-1)).clamp(0, kept).int()
     indices = indices.masked_fill(torch.arange(kept, device=scores.device) >= counts[..., None], -1)
     if order == "time":
         ascending = indices.masked_fill(indices < 0, length).sort(dim=-1).values
@@ -256,9 +256,11 @@ def gather(
         raise ValueError(f"selection must have indices of shape ({b}, {heads}, M) or ({b}, 1, M); got {tuple(indices.shape)}")
     if indices.device != keys.device:
         raise ValueError(f"selection must be on {keys.device}, where the keys are; got {indices.device}")
-    indices = indices.expand(b, heads, -1).int().contiguous()
     if keys.device.type == "cpu" and plain_eager(indices) and indices.numel():
         _check_indices(indices, length, inplace)
+    if indices.dtype == torch.int64:
+        indices = indices.clamp(-1, length).int()  # what int32 cannot hold is outside, not wrapped around
+    indices = indices.expand(b, heads, -1).contiguous()
     if rotate is not None and not isinstance(rotate, Rope):
         raise TypeError(f"rotate must be a Rope; got {type(rotate).__name__}")
     if rotate is not None and 2 * rotate.inv_freq.shape[0] > keys.shape[3]:
@@ -272,6 +274,10 @@ def gather(
             raise ValueError(f"inplace=True would overwrite {name}, which require a gradient")
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             raise ValueError(f"inplace=True needs {name} with last stride 1; got {t.stride(-1)}")
+        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape)):
+            raise ValueError(f"inplace=True needs {name} whose heads have memory of their own; got strides {t.stride()}")
+    if keys.data_ptr() == values.data_ptr() and keys.numel():
+        raise ValueError("inplace=True needs keys and values in memory of their own: what is compacted twice is lost")
     if indices.shape[2] > length:
         raise ValueError(f"inplace=True has {length} slots to write; the selection has {indices.shape[2]}")
     return gather_rows(keys, values, indices, rotation, inplace=True, backend=backend)

@@ -147,7 +147,10 @@ def gather(
     Differentiable in keys and values out of place; in place the results are views of them.
     """
     if inplace:
-        return launched(keys, values, indices, rotation, True, backend)
+        found = launched(keys, values, indices, rotation, True, backend)
+        # a graph that saved the cache notices that it was overwritten
+        torch.autograd.graph.increment_version((keys, values))
+        return found
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         return _Gather.apply(keys, values, indices, rotation, backend)
     return _gathered(keys, values, indices, rotation, backend)
