@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .measure import environment
 
-SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate", "verify")
+SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate", "verify", "dense")
 RESULTS = Path(__file__).parent / "results"
 
 
