@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .measure import environment
 
-SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate", "verify", "kv")
+SUITES = ("losses", "linear", "memory", "capture", "signals", "store", "generate", "verify", "kv", "dense")
 RESULTS = Path(__file__).parent / "results"
 
 

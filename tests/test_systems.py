@@ -58,6 +58,25 @@ def test_first(recipe):
     want = (p * (p.log() - z.log_softmax(-1).gather(-1, top.indices))).sum(-1).mean()
     same(recipe.first(z, t, 0.4), want, (z,))
 
+    # c by hand: ten equal bins, the paper's two grids
+    t, labels = f64(400, V, scale=2), torch.randint(0, V, (400,))
+    top = t.softmax(-1).topk(5)
+    labels[:250] = top.indices[:250, 0]
+
+    def error(c):
+        confidence = (top.values / c).softmax(-1)[:, 0]
+        total = 0
+        for low in range(10):
+            inside = (confidence > low / 10) & (confidence <= (low + 1) / 10)
+            total += abs((top.indices[:, 0] == labels)[inside].double().sum() - confidence[inside].sum())
+        return float(total) / 400
+
+    coarse = min((round(0.1 * i, 6) for i in range(1, 11)), key=error)
+    fine = [round(max(0, coarse - 0.1) + 0.02 * i, 6) for i in range(1, 11)]
+    best = min([coarse, *(c for c in fine if c <= 1)], key=error)
+    c = recipe.first_c(t, labels)
+    assert 0.02 < c < 1 and abs(error(c) - error(best)) < 1e-12
+
 
 def test_kdrl(recipe):
     h, w, tokens, mask = f64(4, 6, H).requires_grad_(), f64(V, H).requires_grad_(), torch.randint(0, V, (4, 6)), ragged(4)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..primitives.draw_rows import Draws
 from ..primitives.filter_rows import Filters
 from ..primitives.head import Head
+from ..primitives.pair_stats import Sides
 from ..primitives.sample_rows import Drawn, Noise, Operand
 from ..primitives.topk_select import TopK
 from . import triton_kv
@@ -19,8 +20,8 @@ from .triton_kv import key_redundancy, kv_align, kv_gather, recurrence_update, w
 
 _SERVED = (
     "vocab_stats", "vocab_stats_backward", "gather_dot", "gather_dot_hidden_grad", "gather_dot_weight_grad",
-    "linear_vocab_stats", "linear_vocab_stats_backward", "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", "coin",
-    *triton_kv.SERVED,
+    "pair_stats", "pair_stats_backward", "linear_vocab_stats", "linear_vocab_stats_backward",
+    "topk_select", "draw_rows", "filter_rows", "sample_rows", "weigh_rows", "coin", *triton_kv.SERVED,
 )  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,6 +77,18 @@ def vocab_stats_backward(logits: Tensor, ids: Tensor | None, entries: Tensor | N
     from ..kernels.vocab_stats_backward import vocab_stats_backward as launch
 
     launch(logits, ids, entries, coef, terms, head, out)
+
+
+def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
+    from ..kernels.pair_stats import pair_stats as launch
+
+    launch(logits, teacher, mixture, sides, out)
+
+
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
+    from ..kernels.pair_stats import pair_stats_backward as launch
+
+    launch(logits, teacher, coef, sides, with_mixture, out)
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:

@@ -215,8 +215,9 @@ def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: 
     """[N, 13] of logits [O, I, V] and teacher [O', I', V']: what kernels write, and z and t at the label."""
     n = logits.shape[0] * logits.shape[1]
     out = torch.empty((n, len(_KERNEL)), dtype=row_dtype(logits.device), device=logits.device)
+    run = resolve("pair_stats", logits, teacher, backend=backend)  # refuses without rows too
     if n:
-        resolve("pair_stats", logits, teacher, backend=backend)(logits, teacher, mixture, sides, out)
+        run(logits, teacher, mixture, sides, out)
     if labels is None:
         return torch.cat([out, out.new_zeros((n, 2))], -1)
     # the teacher's row may be narrower than a label that no valid column has
