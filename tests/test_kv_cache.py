@@ -265,6 +265,13 @@ def test_queries_of_padding_do_not_score(llama):
         stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
     for a, b in zip(batch.layers, alone.layers):
         assert torch.equal(a.positions[1] - 17, b.positions[0])
+    options = {"method": kv.LazyEviction(alpha=0.02, window=20), "budget": 64}
+    with kv.CompressedCache(llama.config, **options) as batch, kv.CompressedCache(llama.config, **options) as alone:
+        stream(llama, batch, ids, mask, [26])
+        stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
+    for a, b in zip(batch.layers, alone.layers):
+        assert torch.equal(a.tracker.last_seen[1, :, 17:] - 17, b.tracker.last_seen[0])
+        assert torch.equal(a.tracker.max_interval[1, :, 17:], b.tracker.max_interval[0])
 
 
 @torch.no_grad()

@@ -364,6 +364,13 @@ def test_a_masked_query_inside_the_window_counts_nowhere(method):
         assert torch.equal(by_keys, kv.compress(q, keys, keys, 20, method=method, mask=real, query_mask=own).scores) and not by_keys.isnan().any()
 
 
+def test_methods_take_a_scale():
+    queries, keys = inputs((1, 2, 2, 40, 64, 40))
+    for method in (kv.KaVa(), kv.RKV(window=4), kv.SnapKV(window=4), kv.LazyEviction(alpha=0.02, window=4)):
+        want = kv.compress(queries, keys, keys, 9, method=method, scale=0.25)
+        assert torch.equal(kv.compress(queries * 2, keys, keys, 9, method=method, scale=0.125).scores, want.scores)
+
+
 def test_kava_of_a_chain_of_thought_inside_a_sequence():
     """The span is each request's chain of thought, the queries its answer's."""
     queries, keys = inputs((2, 2, 2, 60, 64, 7), kind="clustered")
