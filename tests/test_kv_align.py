@@ -101,6 +101,18 @@ def test_constant_sides_have_a_clamped_std():
     torch.testing.assert_close(loss, by_loop(student, flat_teacher, [None], loss="mse") / 1e-12)
 
 
+@pytest.mark.parametrize("backend,device", servers("kv_align"))
+def test_layers_without_weight_and_constant_sides_in_float32(backend, device):
+    student, teacher = leaves(layers(2, dtype=torch.float32, device=device)), layers(2, dtype=torch.float32, device=device, seed=3)
+    broken = leaves([student[0], tuple(x * math.nan for x in student[1])])
+    grads = torch.autograd.grad(kv.alignment_loss(broken, teacher, layer_weights=[1.0, 0.0], backend=backend), flat(broken))
+    assert (grads[0] != 0).any() and all((g == 0).all() for g in grads[2:])
+    constant = leaves([(torch.full((1, 1, 3, 4), 0.5, device=device), torch.randn(1, 1, 3, 4, device=device))])
+    other = layers(1, (1, 1, 3, 4), 4, torch.float32, device)
+    (grad,) = torch.autograd.grad(kv.alignment_loss(constant, other, loss="l1", normalize="inputs", backend=backend), constant[0][0])
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.5 / 12 / 1e-6))
+
+
 def test_one_real_slot_has_no_unbiased_std():
     student, teacher = leaves([(torch.randn(1, 1, 2, 1), torch.randn(1, 1, 2, 1))]), [(torch.randn(1, 1, 2, 1), torch.randn(1, 1, 2, 1))]
     loss = kv.alignment_loss(student, teacher, normalize="layer_std", mask=torch.tensor([[True, False]]))

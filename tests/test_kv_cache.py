@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import sys
 import types
@@ -264,6 +265,32 @@ def test_queries_of_padding_do_not_score(llama):
         stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
     for a, b in zip(batch.layers, alone.layers):
         assert torch.equal(a.positions[1] - 17, b.positions[0])
+    options = {"method": kv.LazyEviction(alpha=0.02, window=20), "budget": 64}
+    with kv.CompressedCache(llama.config, **options) as batch, kv.CompressedCache(llama.config, **options) as alone:
+        stream(llama, batch, ids, mask, [26])
+        stream(llama, alone, ids[1:, 17:], mask[1:, 17:], [9])
+    for a, b in zip(batch.layers, alone.layers):
+        assert torch.equal(a.tracker.last_seen[1, :, 17:] - 17, b.tracker.last_seen[0])
+        assert torch.equal(a.tracker.max_interval[1, :, 17:], b.tracker.max_interval[0])
+
+
+@torch.no_grad()
+def test_scores_have_the_models_own_scale(llama):
+    """That of the attention is not 1/√D in every family: here queries are half as long and logits twice as scaled."""
+    ids, mask = padded((0,), 30)
+    found = []
+    for factor in (1.0, 2.0):
+        model = copy.deepcopy(llama)
+        for layer in model.model.layers:
+            layer.self_attn.scaling *= factor
+            layer.self_attn.q_proj.weight.div_(factor)
+        kept = []
+        for method in (kv.SnapKV(window=5), kv.LazyEviction(alpha=0.1, window=4)):
+            with kv.CompressedCache(model.config, method=method, budget=12, every=4) as cache:
+                stream(model, cache, ids, mask, [20, *[1] * 10])
+            kept += [layer.positions for layer in cache.layers]
+        found.append(kept)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @torch.no_grad()

@@ -364,6 +364,30 @@ def test_a_masked_query_inside_the_window_counts_nowhere(method):
         assert torch.equal(by_keys, kv.compress(q, keys, keys, 20, method=method, mask=real, query_mask=own).scores) and not by_keys.isnan().any()
 
 
+def test_compress_hands_its_options_on():
+    queries, keys = inputs((2, 2, 2, 40, 64, 6), kind="clustered")
+    mask = torch.arange(40) >= torch.tensor([0, 15])[:, None]
+    listed = kv.key_redundancy(keys, mask=mask, pad_in_softmax=True)
+    assert torch.equal(kv.compress(None, keys, keys, 9, method=kv.CosineOnly(pad_in_softmax=True), mask=mask).scores, listed)
+    got = kv.compress(queries, keys, keys, 9, method=kv.KaVa(pad_in_softmax=True), mask=mask).scores
+    torch.testing.assert_close(got.double(), listing.kava(queries, keys, mask, pad_in_softmax=True), rtol=1e-5, atol=1e-8)
+    near = kv.key_redundancy(keys, mode="rkv", threshold=0.97)
+    assert not torch.equal(near, kv.key_redundancy(keys, mode="rkv"))
+    assert torch.equal(kv.compress(queries, keys, keys, 9, method=kv.RKV(lam=0.0, window=6, threshold=0.97)).scores, -near)
+    rope = kv.Rope(torch.rand(32), target="slots")
+    got = kv.compress(queries, keys, keys, 9, method=kv.KaVa(), mask=mask, protect_first=3, order="score", rotate=rope)
+    want = kv.select(got.scores, 9, protect_first=3, order="score", mask=mask)
+    assert torch.equal(got.selection.indices, want.indices) and not (want.indices.diff() > 0).all() and (want.indices[1, :, :3] == torch.arange(15, 18)).all()
+    assert torch.equal(got.keys, kv.gather(keys, keys, want, rotate=rope)[0])
+
+
+def test_methods_take_a_scale():
+    queries, keys = inputs((1, 2, 2, 40, 64, 40))
+    for method in (kv.KaVa(), kv.RKV(window=4), kv.SnapKV(window=4), kv.LazyEviction(alpha=0.02, window=4)):
+        want = kv.compress(queries, keys, keys, 9, method=method, scale=0.25)
+        assert torch.equal(kv.compress(queries * 2, keys, keys, 9, method=method, scale=0.125).scores, want.scores)
+
+
 def test_kava_of_a_chain_of_thought_inside_a_sequence():
     """The span is each request's chain of thought, the queries its answer's."""
     queries, keys = inputs((2, 2, 2, 60, 64, 7), kind="clustered")
