@@ -54,7 +54,7 @@ TRACE_PROMPTS = 96
 TRACE_STEPS = 48
 # one for every token of the chain of thought without its last line: nothing is dropped, and learnt in few steps
 LATENTS = arithmetic.LINE * (kava.OPERATIONS - 1)
-LATENT_STEPS = 240
+LATENT_STEPS = 400
 LATENT_VARIANTS = (kava.DIRECT, kava.KAVA)
 TOP_K = 32
 CE_WEIGHT = 0.5
