@@ -81,7 +81,7 @@ def pair(vocab, dtypes):
 
 
 @on_triton
-@pytest.mark.parametrize("name,dtypes", zip(SIDES, DTYPES), ids=SIDES)
+@pytest.mark.parametrize("name,dtypes", list(zip(SIDES, DTYPES)), ids=SIDES)
 def test_native_spans_of_a_row(name, dtypes):
     from distilkernels.kernels.pair_stats import forward_launches
 
@@ -104,7 +104,7 @@ def test_native_spans_of_a_row(name, dtypes):
 
 
 @on_triton
-@pytest.mark.parametrize("name,dtypes", zip(SIDES, DTYPES), ids=SIDES)
+@pytest.mark.parametrize("name,dtypes", list(zip(SIDES, DTYPES)), ids=SIDES)
 def test_native_backward(name, dtypes):
     """Every term; in place and fresh; a row that nothing is asked of and one that asks nothing of its teacher, NaN there."""
     from distilkernels.kernels.pair_stats import backward_launch
