@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from distilkernels.backends import cpp
+
 # Triton reads this once, when it is imported: decided here, before anything can.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -19,6 +21,23 @@ def _nan_filled_and_seeded():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(params=cpp.available_isas() if cpp._cpp is not None else [])
+def isa(request):
+    """Every instruction set of this machine, in force for the test."""
+    best = cpp.isa()
+    cpp.set_isa(request.param)
+    yield request.param
+    cpp.set_isa(best)
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, taken back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def pytest_report_header(config):

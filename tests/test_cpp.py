@@ -45,21 +45,6 @@ HEADS = {
 }
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    best = cpp.isa()
-    cpp.set_isa(request.param)
-    yield request.param
-    cpp.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def head_of(name: str, vocab: int) -> Head:
     options = dict(HEADS[name])
     if options.get("valid_vocab") == -1:

@@ -22,21 +22,6 @@ NEG = -math.inf
 PLAIN = Head()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    best = cpp.isa()
-    cpp.set_isa(request.param)
-    yield request.param
-    cpp.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def selected(x: torch.Tensor, k: int, head: Head = PLAIN) -> TopK:
     out = topk_select.allocate(x, k)
     for t in out:

@@ -22,21 +22,6 @@ ISAS = cpp.available_isas() if cpp._cpp is not None else []
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    best = cpp.isa()
-    cpp.set_isa(request.param)
-    yield request.param
-    cpp.set_isa(best)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_shared_scores(isa):
     """The tests that every backend takes, which elsewhere run on the best instruction set alone."""
     for shape, dtype in itertools.product(scores.SHAPES[:3], DTYPES):

@@ -395,6 +395,20 @@ def test_callback_and_progress(pair, capsys):
     assert f"{int(traces.lengths.sum())}/66" in bar and "accepted=" in bar and "tok/s" in bar
 
 
+def test_the_bar_is_closed_when_a_callback_raises(pair):
+    from tqdm.auto import tqdm
+
+    def callback(*_):
+        raise KeyboardInterrupt
+
+    ids, mask = prompts()
+    before = set(tqdm._instances)
+    # what was raised keeps generate's frame, and so its bar, alive
+    with pytest.raises(KeyboardInterrupt) as raised:
+        generate(*pair, ids, mask, rule=SpeculativeSampling(), max_new_tokens=4, seeds=0, eos_token_id=None, callback=callback, progress=True)
+    assert raised.tb is not None and set(tqdm._instances) == before
+
+
 def test_a_broken_request_stops_alone(pair):
     proposer, judge = disturbed(pair[0], 0.0), disturbed(pair[1], 0.0)
     with torch.no_grad():

@@ -292,30 +292,37 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)}
 
 
-@compiled
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiles_without_spills(variant, tmp_path, record_property):
-    """What the launchers launch at V = 151,936 builds for sm_80, sm_90 and sm_100 without spilling."""
+def built(launches, folder: Path, record_property, capabilities=(80, 90, 100)):
+    """Each launch for each target, as (launch, compiled kernel, a name for messages), once nothing of it spills into local memory."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    if "constexprs" not in inspect.signature(ASTSource.__init__).parameters:
-        pytest.skip("ahead-of-time signatures are written for triton ≥ 3.3")
-    for launch in VARIANTS[variant]():
+    for launch in launches:
         assert {p.name for p in launch.kernel.params} == set(launch.arguments)
-        for capability in (80, 90, 100):
+        for capability in capabilities:
             kernel = triton.compile(ast_source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-            used = resources(kernel.asm["cubin"], tmp_path)
+            used = resources(kernel.asm["cubin"], folder)
             name = f"{launch.kernel.__name__} sm_{capability}"
             record_property(name, used)
             # some releases' ptxas parks one scalar on the stack, outside the loops, to fit one more block on a multiprocessor
             assert used["STACK"] <= 8 and used["LOCAL"] == 0, f"{name}: {used}"
-            ptx = kernel.asm["ptx"]
-            if launch.kernel.__name__ in ("_pass_kernel", "_backward_kernel") and "odd" not in variant:
-                assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), f"{name}: no 16-byte loads"
-            if launch.kernel.__name__ == "_backward_kernel":
-                dense, entries = ptx.split("bar.sync", 1)
-                assert re.search(r"st\.global[\w.:]*\.v4\.b32", dense) and "st.global" in entries, f"{name}: entries are not stored last"
+            yield launch, kernel, name
+
+
+@compiled
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiles_without_spills(variant, tmp_path, record_property):
+    """What the launchers launch at V = 151,936 builds for sm_80, sm_90 and sm_100 without spilling."""
+    from triton.compiler import ASTSource
+
+    if "constexprs" not in inspect.signature(ASTSource.__init__).parameters:
+        pytest.skip("ahead-of-time signatures are written for triton ≥ 3.3")
+    for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
+        ptx = kernel.asm["ptx"]
+        if launch.kernel.__name__ in ("_pass_kernel", "_backward_kernel") and "odd" not in variant:
+            assert re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), f"{name}: no 16-byte loads"
+        if launch.kernel.__name__ == "_backward_kernel":
+            dense, entries = ptx.split("bar.sync", 1)
+            assert re.search(r"st\.global[\w.:]*\.v4\.b32", dense) and "st.global" in entries, f"{name}: entries are not stored last"
 
 
 # ----------------------------------------------------------------------------------------------- on a device

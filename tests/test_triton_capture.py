@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_triton import ast_source, compiled, gpu, on_triton, resources
+from tests.test_triton import built, compiled, gpu, on_triton
 
 from distilkernels import capture_samples, capture_topk
 from distilkernels.primitives import draw_rows, topk_select
@@ -244,22 +244,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_without_spills(variant, tmp_path, record_property):
     """What the launchers launch builds for sm_80, sm_90 and sm_100 without spilling, and the whole row is read 16 bytes at a time."""
-    from triton.backends.compiler import GPUTarget
-
-    for launch in VARIANTS[variant]():
-        assert {p.name for p in launch.kernel.params} == set(launch.arguments)
-        for capability in (80, 90, 100):
-            kernel = triton.compile(ast_source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-            used = resources(kernel.asm["cubin"], tmp_path)
-            name = f"{launch.kernel.__name__} sm_{capability}"
-            record_property(name, used)
-            # some releases' ptxas parks one scalar on the stack, see test_triton.py
-            assert used["STACK"] <= 8 and used["LOCAL"] == 0, f"{name}: {used}"
-            if launch.kernel.__name__ == "_tiles_kernel":
-                ptx = kernel.asm["ptx"]
-                assert "odd" in variant or re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), f"{name}: no 16-byte loads"
-                # flushed subnormals would be ties
-                assert not re.search(r"(max|setp)[\w.]*\.ftz", ptx), name
+    for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
+        if launch.kernel.__name__ == "_tiles_kernel":
+            ptx = kernel.asm["ptx"]
+            assert "odd" in variant or re.search(r"ld\.global[\w.:]*\.v4\.b32", ptx), f"{name}: no 16-byte loads"
+            # flushed subnormals would be ties
+            assert not re.search(r"(max|setp)[\w.]*\.ftz", ptx), name
 
 
 # ----------------------------------------------------------------------------------------------- on a device

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_triton import ast_source, compiled, gpu, on_triton, resources
+from tests.test_triton import built, compiled, gpu, on_triton
 
 from distilkernels.primitives.head import Head
 from distilkernels.primitives.pair_stats import Sides, coefficients, pair_stats, reference, reference_backward
@@ -191,19 +191,9 @@ def test_compiles_without_spills(variant, tmp_path, record_property):
 
     Where the columns are a multiple of 16 it reads 16 bytes at a time.
     """
-    from triton.backends.compiler import GPUTarget
-
-    for launch in VARIANTS[variant]():
-        assert {p.name for p in launch.kernel.params} == set(launch.arguments)
-        for capability in (80, 90, 100):
-            kernel = triton.compile(ast_source(launch), target=GPUTarget("cuda", capability, 32), options=launch.options)
-            used = resources(kernel.asm["cubin"], tmp_path)
-            name = f"{launch.kernel.__name__} sm_{capability}"
-            record_property(name, used)
-            # some releases' ptxas parks one scalar on the stack, see test_triton.py
-            assert used["STACK"] <= 8 and used["LOCAL"] == 0, f"{name}: {used}"
-            if "row" not in launch.kernel.__name__ and "odd" not in variant:
-                assert re.search(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
+    for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
+        if "row" not in launch.kernel.__name__ and "odd" not in variant:
+            assert re.search(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
 
 
 # ----------------------------------------------------------------------------------------------- on a device

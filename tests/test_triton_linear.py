@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.test_triton import assert_close, ast_source, compiled, gpu, on_triton, outputs, resources
+from tests.test_triton import assert_close, built, compiled, gpu, on_triton, outputs
 
 from distilkernels import backends
 from distilkernels.primitives import gather_dot
@@ -419,17 +419,8 @@ _TENSOR_CORES = {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_without_spills(variant, tmp_path, record_property):
     """What the launchers launch at V = 151,936 and H = 4,096 builds for sm_80, sm_90 and sm_100, on tensor cores where 16-bit."""
-    from triton.backends.compiler import GPUTarget
-
     for major in (8, 9, 10):
-        for launch in VARIANTS[variant](major):
-            assert {p.name for p in launch.kernel.params} == set(launch.arguments)
-            kernel = triton.compile(ast_source(launch), target=GPUTarget("cuda", major * 10, 32), options=launch.options)
-            used = resources(kernel.asm["cubin"], tmp_path)
-            name = f"{launch.kernel.__name__} sm_{major}0"
-            record_property(name, used)
-            # as in test_triton.py: one scalar outside the loops
-            assert used["STACK"] <= 8 and used["LOCAL"] == 0, f"{name}: {used}"
+        for launch, kernel, name in built(VARIANTS[variant](major), tmp_path, record_property, (major * 10,)):
             if launch.kernel.__name__ in ("_span_kernel", "_panel_kernel", "_product_kernel") and "float32" not in variant:
                 ptx = kernel.asm["ptx"]
                 assert _TENSOR_CORES[major] in ptx and "cp.async" in ptx, name

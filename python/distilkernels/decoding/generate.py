@@ -7,6 +7,7 @@ its block starts at, and that position grows with every round, so that no noise 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from collections import Counter
@@ -109,23 +110,22 @@ def generate(
         return Pace(ratio, rule is not None and rule.bonus is not None) if adapts else block_size
 
     requests = [Request(i, limit, None if gate is None else lead(i), block()) for i, limit in enumerate(limits)]
-    live, bar = requests, _Bar(sum(limits)) if progress else None
-    while live:
-        turns = [request.turn() for request in live]
-        planes, valid, accepted = rounds.play(live, turns)
-        emitted = [request.take(*brought, eos) for request, *brought in zip(live, turns, planes.unbind(1), planes[0].long().tolist(), valid, accepted)]
-        if callback is not None or bar is not None:
-            for request, tokens in zip(live, emitted):
-                sources = request.labels[-1][1].long().tolist()
-                if callback is not None and sources:
-                    callback(request.index, tokens, sources)
-                if bar is not None:
-                    bar.add(sources)
-        stay = [i for i, request in enumerate(live) if not request.finished]
-        rounds.end(emitted, stay)
-        live = [live[i] for i in stay]
-    if bar is not None:
-        bar.close()
+    live = requests
+    with _Bar(sum(limits)) if progress else contextlib.nullcontext() as bar:
+        while live:
+            turns = [request.turn() for request in live]
+            planes, valid, accepted = rounds.play(live, turns)
+            emitted = [request.take(*brought, eos) for request, *brought in zip(live, turns, planes.unbind(1), planes[0].long().tolist(), valid, accepted)]
+            if callback is not None or bar is not None:
+                for request, tokens in zip(live, emitted):
+                    sources = request.labels[-1][1].long().tolist()
+                    if callback is not None and sources:
+                        callback(request.index, tokens, sources)
+                    if bar is not None:
+                        bar.add(sources)
+            stay = [i for i, request in enumerate(live) if not request.finished]
+            rounds.end(emitted, stay)
+            live = [live[i] for i in stay]
     return _traces(requests, pad)
 
 
@@ -155,7 +155,10 @@ class _Bar:
             self.bar.set_postfix(accepted=f"{self.counts[Source.ACCEPTED] / judged:.1%}", refresh=False)
         self.bar.update(len(sources))
 
-    def close(self) -> None:
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_) -> None:
         self.bar.close()
 
 
