@@ -195,6 +195,12 @@ def test_the_switch_is_at_the_first_jump():
         assert lead.wrote([1, 2], [99.0, 99.0]) == 2
 
 
+def test_the_mean_is_over_a_window():
+    lead = DivergenceSwitch(2.0, window=2).lead(never)
+    assert lead.wrote([1, 2, 3], [9.0, 1.0, 1.0]) == 3
+    assert lead.wrote([1, 2], [2.0, 3.1]) == 1  # means 1 and 1.5; with the first, 3 and more
+
+
 def test_the_divergence_is_the_kl_of_the_leader():
     p, j = torch.randn(2, 3, 11, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
     p[0, 0, 2] = -torch.inf
@@ -388,6 +394,7 @@ def test_errors(pair):
         (lambda: ReflectionHandoff(None), "tokenizer of ReflectionHandoff is needed"),
         (lambda: ReflectionHandoff(Words(), threshold=0), "threshold of ReflectionHandoff must be at least 1; got 0"),
         (lambda: DivergenceSwitch(0), "factor of DivergenceSwitch must be above 0; got 0"),
+        (lambda: DivergenceSwitch(2.0, window=0), "window of DivergenceSwitch must be a positive int or None; got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

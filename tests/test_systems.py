@@ -305,12 +305,11 @@ def test_soft_score_discriminators(recipe):
 
 
 def test_ampo(recipe):
-    z, tokens, mask = f64(4, 6, V), torch.randint(0, V, (4, 6)), ragged(4)
-    means = [at(z.log_softmax(-1), tokens)[m][mask[m].bool()].mean().item() for m in range(4)]
-    best = max(range(4), key=lambda m: means[m])
-    assert recipe.ampo(z, tokens, mask, torch.ones(4).bool()) == best
-    correct = torch.arange(4) != best
-    assert recipe.ampo(z, tokens, mask, correct) == max((m for m in range(4) if m != best), key=lambda m: means[m])
+    z, tokens, answer = f64(4, 6, V), torch.randint(0, V, (4, 6)), ragged(4)
+    p = [at(z.softmax(-1), tokens)[m][answer[m].bool()] for m in range(4)]
+    order = sorted(range(4), key=lambda m: -(p[m].prod() ** (1 / len(p[m]))).item())
+    assert recipe.ampo(z, tokens, answer, torch.ones(4).bool()).tolist() == order[:1]
+    assert recipe.ampo(z, tokens, answer, torch.arange(4) != order[0], k=2).tolist() == order[1:3]
 
 
 def test_persyn(recipe):

@@ -149,14 +149,14 @@ def test_sirius(recipe, models):
 def test_adaswitch(recipe, models):
     teacher, student = models
     ids, mask = prompts((7, 3), width=7)
-    traces = recipe.adaswitch(teacher, student, ids, mask, 2.0, 14, 0, sampling=COLD)
+    traces = recipe.adaswitch(teacher, student, ids, mask, 2.0, 3, 14, 0, sampling=COLD)
     switched = 0
     for b, got in enumerate(written(traces)):
         prompt, tokens, seen, leading = ids[b, mask[b].bool()], [], [], False
         while len(tokens) < 14:
             p, q = (rows_after(model, prompt, [*tokens, 0])[-1].log_softmax(-1) for model in (teacher, student))
             d = (p.exp() * (p - q)).sum().item()
-            leading = leading or (bool(seen) and d > 2.0 * sum(seen) / len(seen))
+            leading = leading or (bool(seen) and d > 2.0 * sum(seen[-3:]) / len(seen[-3:]))
             seen.append(d)
             tokens.append(int((p if leading else q).argmax()))
         switched += leading

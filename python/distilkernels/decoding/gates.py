@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -254,8 +255,8 @@ class _Reflections:
 
 @dataclass(frozen=True)
 class DivergenceSwitch:
-    """AdaSwitch: the follower writes until the models' divergence d_i exceeds `factor` × the mean of d_0 … d_{i−1}; from that token on
-    the leader writes.
+    """AdaSwitch (arXiv 2510.07842): the follower writes until the models' divergence d_i exceeds `factor` × the mean of the `window`
+    divergences before it (of all of them with None); from that token on the leader writes.
 
     d_i = KL(leader ‖ follower) in nats of the next-token laws before token i, at temperature 1 on the ids that both have; `measure`
     replaces it: a function of two log-probabilities [..., V], the leader's and the follower's, that gives [...].
@@ -265,10 +266,13 @@ class DivergenceSwitch:
     leader: str = "proposer"
     follower: str = "judge"
     measure: Callable[[Tensor, Tensor], Tensor] | None = field(default=None, compare=False)
+    window: int | None = None
 
     def __post_init__(self):
         if not self.factor > 0:
             raise ValueError(f"factor of DivergenceSwitch must be above 0; got {self.factor}")
+        if self.window is not None and (isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"window of DivergenceSwitch must be a positive int or None; got {self.window!r}")
         _checked_writers(self, "proposer", "judge")
 
     def divergence(self, proposer_logits: Tensor, judge_logits: Tensor) -> Tensor:
@@ -290,7 +294,7 @@ class DivergenceSwitch:
 
 class _Switch:
     def __init__(self, gate: DivergenceSwitch):
-        self.gate, self.switched, self.total, self.count = gate, False, 0.0, 0
+        self.gate, self.switched, self.seen = gate, False, deque(maxlen=gate.window)
 
     def next(self) -> Turn:
         return Turn(self.gate.leader if self.switched else self.gate.follower)
@@ -301,8 +305,8 @@ class _Switch:
         for i, d in enumerate(divergence[: len(tokens)]):
             if math.isnan(d):
                 continue
-            if self.count and d > self.gate.factor * self.total / self.count:
+            if self.seen and d > self.gate.factor * sum(self.seen) / len(self.seen):
                 self.switched = True
                 return i
-            self.total, self.count = self.total + d, self.count + 1
+            self.seen.append(d)
         return len(tokens)

@@ -25,7 +25,7 @@ def redi(
         logprobs: [B, L], of the traces' tokens. positive: [B], nonzero for a correct trace.
         mask: [B, L]; |y| = Σ mask. token_weights: [B, L] multiply the tokens' NLL but not |y|.
         alpha: α ≥ 0; 1 is symmetric and unstable, the paper uses 0.8.
-        sequence_weights: [B], such as QCRD's quality of a rationale (arXiv 2405.09014).
+        sequence_weights: [B], such as QCRD's quality of a rationale (arXiv 2405.13014).
 
     Returns:
         A scalar; a side without traces contributes 0.
