@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BENCH ?= losses
+TEST_JOBS ?= 2
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/cpu/*) setup.py pyproject.toml $(CONSTRAINTS)
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.run $(BENCH)
