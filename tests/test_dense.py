@@ -119,6 +119,17 @@ def test_dtypes_differ(divergence, dtypes):
     assert (a.double() - b).abs().max() <= step * b.abs().max()
 
 
+@pytest.mark.parametrize("theirs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", WAYS)
+def test_float64_beside_another_dtype(divergence, theirs):
+    """float64 logits are float64 throughout, whatever the teacher's; far from 0, where a float32 softmax adds up to 1 + 1e-5."""
+    z, t = (rows(4, 517) + 300).requires_grad_(), rows(4, 517, seed=1).to(theirs)
+    want, (b,) = value_and_grad(plain(z, t.double(), divergence).mean(), z)
+    got, (a,) = value_and_grad(dk.distill_loss(z, t, divergence=divergence), z)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("divergence", WAYS)
 def test_layouts(divergence):
     """logits[:, :-1] on both sides, split differently; the teacher's vocabulary padded to another width."""

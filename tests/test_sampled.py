@@ -114,7 +114,8 @@ Z, SAMPLES = torch.randn(2, 11), dk.capture_samples(torch.randn(2, 11), 3, seed=
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2), dk.capture_topk(Z[:1], 2)], [1, 1]), ValueError, "teachers must share a shape"),
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2), dk.capture_topk(Z, 2, temperature=2.0)], [1, 1]), ValueError, "must share a temperature"),
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [1.0, 2.0]), ValueError, r"weights must have shape \(1,\) or \(2, 1\); got \(2,\)"),
-    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [-1.0]), ValueError, "weights must not be negative; got -1.0"),
+    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [-1.0]), ValueError, r"weights must be finite and not negative; got \[-1.0\]"),
+    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [math.inf]), ValueError, r"weights must be finite and not negative; got \[inf\]"),
     (lambda: dk.calibration.ece(0.5, SAMPLES.ids < 0), TypeError, "confidence must be a tensor; got float"),
     (lambda: dk.calibration.ece(torch.rand(3), torch.rand(3)), TypeError, "correct bool; got torch.float32 and torch.float32"),
     (lambda: dk.calibration.ece(torch.rand(3), torch.rand(2) > 0), ValueError, r"must share a shape; got \(3,\) and \(2,\)"),
@@ -122,6 +123,7 @@ Z, SAMPLES = torch.randn(2, 11), dk.capture_samples(torch.randn(2, 11), 3, seed=
     (lambda: dk.calibration.fit_temperature(Z, Z), TypeError, "teacher must be a TeacherTopK"),
     (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.zeros(3, dtype=torch.long)), ValueError, "labels must have the teacher's token shape"),
     (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.tensor([-100, -100])), ValueError, "at least one token"),
+    (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.tensor([1, 2]), coarse=2.0), ValueError, "coarse must be at most 1"),
     (lambda: dk.calibration.recalibrate_linear(dk.capture_topk(Z, 5), 0.0), ValueError, "epsilon must be positive"),
     (lambda: dk.calibration.RecalibratedStudent(0.0), ValueError, "c must be positive"),
 ])  # fmt: skip

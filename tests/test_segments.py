@@ -99,5 +99,7 @@ def test_refusals():
         segments.mean(x, ids[0], 1)
     with pytest.raises(TypeError, match="span_ids must be an integer tensor"):
         segments.maximum(x, x, 1)
+    with pytest.raises(TypeError, match="lengths must be an integer tensor"):
+        segments.from_lengths(torch.tensor([2.5, 1.0]), 4)
     with pytest.raises(ValueError, match=r"q must be in \[0, 1\]"):
         segments.quantile(x, ids, 1, 1.5)

@@ -92,6 +92,8 @@ def fit_temperature(
     if labels.shape != teacher.shape:
         raise ValueError(f"labels must have the teacher's token shape {tuple(teacher.shape)}; got {tuple(labels.shape)}")
     coarse, fine = checked_positive("coarse", coarse), checked_positive("fine", fine)
+    if coarse > 1:
+        raise ValueError(f"coarse must be at most 1, where the grid ends; got {coarse}")
     counts = (labels != ignore_index) & (teacher.ids >= 0).any(-1)
     if not counts.any():
         raise ValueError("labels must have at least one token to calibrate on; got none that counts")

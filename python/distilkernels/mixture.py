@@ -71,8 +71,8 @@ def _log_weights(weights: Tensor | Sequence[float], teachers: list[TeacherTopK])
         raise ValueError(f"weights must have shape ({count},) or {(*shape, count)}; got {tuple(weights.shape)}")
     if weights.device != device:
         raise ValueError(f"weights must be on {device}, where the teachers are; got {weights.device}")
-    if device.type == "cpu" and not (weights >= 0).all():
-        raise ValueError(f"weights must not be negative; got {float(weights.min())}")
+    if device.type == "cpu" and not ((weights >= 0) & (weights < math.inf)).all():
+        raise ValueError(f"weights must be finite and not negative; got {weights.tolist() if weights.dim() == 1 else float(weights.min())}")
     present = torch.stack([(t.ids >= 0).any(-1) for t in teachers], -1)
     weights = weights.detach().double().expand(*shape, count).masked_fill(~present, 0)
     total = weights.sum(-1, keepdim=True)

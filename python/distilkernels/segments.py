@@ -22,6 +22,8 @@ __all__ = ["from_delimiters", "from_lengths", "logsumexp", "maximum", "mean", "m
 
 def from_lengths(lengths: Tensor, total: int) -> Tensor:
     """Span ids int64 [..., total] of consecutive spans of `lengths` [..., S] tokens; −1 behind the last."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be an integer tensor; got {getattr(lengths, 'dtype', type(lengths).__name__)}")
     if total < 0:
         raise ValueError(f"total must not be negative; got {total}")
     stops = lengths.cumsum(-1)
