@@ -37,7 +37,7 @@ def aggregate(values: Tensor, mask: Tensor | None = None, *, reduction: str = "t
     return over(total, count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, dtype=values.dtype, device=values.device))
 
 
-def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k2") -> Tensor:
+def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k2", mask: Tensor | None = None) -> Tensor:
     """Estimates of KL(π ‖ π_T) from tokens of the student's own, with R = log π_T − log π at the token.
 
         k1 = −R        k2 = R²/2        k3 = e^R − R − 1
@@ -47,14 +47,16 @@ def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind
 
     Args:
         student_logprobs, teacher_logprobs: [...], log-probs of the same tokens; the teacher's get no gradient.
+        mask: [...], nonzero on tokens that count; the others may hold NaN (:func:`aggregate` alone comes too late for the gradient).
 
     Returns:
-        [...] nats, one per token.
+        [...] nats, one per token; 0 outside the mask.
     """
     student_logprobs = checked_floats("student_logprobs", student_logprobs)
     teacher_logprobs = checked_floats("teacher_logprobs", teacher_logprobs, student_logprobs.shape, "student_logprobs")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    student_logprobs, teacher_logprobs = inside(mask, student_logprobs, teacher_logprobs)
     ratio = teacher_logprobs.detach() - student_logprobs
     if kind == "k1":
         return -ratio
@@ -63,7 +65,7 @@ def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind
 
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2,
-    preserve_gradient: bool = False, dual_clip: float | None = None,
+    preserve_gradient: bool = False, dual_clip: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """J = min(r·A, c·A) per token, r = π/π_old, to be maximised (PPO, GRPO; clip_high > clip_low is DAPO's).
 
@@ -73,13 +75,15 @@ def clipped_surrogate(
 
     Args:
         logprobs, old_logprobs: [..., L]; the old ones get no gradient. advantages: [..., L], or [...] one per sequence.
+        mask: [..., L], nonzero on tokens that count; the others may hold NaN (:func:`aggregate` alone comes too late for the gradient).
 
     Returns:
-        [..., L].
+        [..., L]; 0 outside the mask.
     """
     logprobs = checked_floats("logprobs", logprobs)
     old_logprobs = checked_floats("old_logprobs", old_logprobs, logprobs.shape, "logprobs")
     advantages = per_token("advantages", advantages, logprobs).detach()
+    logprobs, old_logprobs, advantages = inside(mask, logprobs, old_logprobs, advantages)
     if not 0 <= checked_number("clip_low", clip_low) <= 1:
         raise ValueError(f"clip_low must be in [0, 1]; got {clip_low}")
     if checked_number("clip_high", clip_high) < 0:
@@ -109,9 +113,8 @@ def gppo(
         logprobs, old_logprobs, mask: [..., L]. advantages: [..., L] or [...].
         clip_low, clip_high, dual_clip: see :func:`clipped_surrogate`. reduction, num_items_in_batch: see :func:`aggregate`.
     """
-    logprobs, old_logprobs, advantages = inside(mask, logprobs, old_logprobs, advantages)
     objective = clipped_surrogate(
-        logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, preserve_gradient=True, dual_clip=dual_clip
+        logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, preserve_gradient=True, dual_clip=dual_clip, mask=mask
     )
     return aggregate(-objective, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
@@ -140,7 +143,6 @@ def kdrl(
     if checked_number("beta", beta) < 0:
         raise ValueError(f"beta must not be negative; got {beta}")
     logprobs = checked_floats("logprobs", logprobs)
-    logprobs, old_logprobs, teacher_logprobs, advantages = inside(mask, logprobs, old_logprobs, teacher_logprobs, advantages)
     if kd_mask is not None:
         if not isinstance(kd_mask, Tensor):
             raise TypeError(f"kd_mask must be a tensor; got {type(kd_mask).__name__}")
@@ -148,10 +150,10 @@ def kdrl(
         # where the teacher is not asked it may not have been run: a distance of 0, with the gradient of one
         teacher_logprobs = checked_floats("teacher_logprobs", teacher_logprobs, logprobs.shape, "logprobs")
         teacher_logprobs = torch.where(kd_mask == 0, logprobs.detach(), teacher_logprobs)
-    distance = reverse_kl_estimate(logprobs, teacher_logprobs, kind)
+    distance = reverse_kl_estimate(logprobs, teacher_logprobs, kind, mask)
     if kd_mask is not None:
         distance = distance * kd_mask
-    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
+    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, mask=mask)
     return aggregate(beta * distance - objective, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
 

@@ -32,8 +32,11 @@ def checked_mask(name: str, mask: Tensor | None, t: Tensor, like: str) -> Tensor
 
 
 def inside(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with 0 where the mask has no token: a NaN there would meet a gradient of 0."""
-    return tensors if mask is None else tuple(t.masked_fill(mask == 0, 0) if t.shape == mask.shape else t for t in tensors)
+    """The tensors, of one shape, with 0 where the mask has no token: a NaN there would meet a gradient of 0."""
+    if mask is None:
+        return tensors
+    outside = checked_mask("mask", mask, tensors[0], "the log-probs") == 0
+    return tuple(t.masked_fill(outside, 0) for t in tensors)
 
 
 def per_token(name: str, t: Tensor, like: Tensor) -> Tensor:
