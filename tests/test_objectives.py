@@ -183,6 +183,8 @@ def test_gppo_and_kdrl(reduction):
 
 def test_annealing():
     assert obj.annealed(0) == 5e-3 and obj.annealed(10**6) == 1e-3 and obj.annealed(40) == pytest.approx(3e-3)
+    upwards = [obj.annealed(step, 0.0, 1.0, -0.25) for step in (0, 2, 9)]
+    assert upwards == [0.0, 0.5, 1.0]
 
 
 def test_groups():
@@ -194,6 +196,9 @@ def test_groups():
         want[inside] = (rewards[inside] - rewards[inside].mean()) / (rewards[inside].std() + 1e-6)
     torch.testing.assert_close(got, want)
     assert got[5] == 0 and got[[2, 4]].eq(0).all()
+    # three tenths over three are not a tenth, and an std of nothing makes much of it
+    alike = torch.full((3,), 0.1, dtype=torch.float64)
+    assert obj.group_advantages(alike, torch.zeros(3), epsilon=1e-17).eq(0).all()
     torch.testing.assert_close(obj.group_advantages(rewards, groups, scale=False)[:2], torch.tensor([1 / 3, -2 / 3]))
     # a reward that a verifier failed to give is its own group's affair
     broken = obj.group_advantages(rewards.masked_fill(torch.arange(6) == 2, math.nan), groups)
@@ -245,6 +250,12 @@ def test_token_dpo(length_normalize):
     each = obj.token_dpo(*parts, length_normalize=length_normalize, reduction="none", **options)
     torch.testing.assert_close(each, torch.stack(sums), rtol=1e-12, atol=0)
     assert gradcheck(lambda c, r: obj.token_dpo(c, parts[1], r, parts[3], **options), (parts[0], parts[2]))
+    # a mask that weighs: |y| is its sum; the reference is a constant; no pair is a loss of 0
+    half = torch.full((3, 4), 0.5).double()
+    weighed = obj.token_dpo(parts[0], parts[1].requires_grad_(), parts[0], parts[0], chosen_mask=half, length_normalize=True, beta=1.0)
+    torch.testing.assert_close(weighed, torch.nn.functional.softplus(-(parts[0] - parts[1]).mean(-1)).mean())
+    assert grad(weighed, parts[1], allow_unused=True)[0] is None
+    assert obj.token_dpo(*(t[:0] for t in parts), reduction="mean") == 0
     with pytest.raises(ValueError, match="chosen_reference must have the shape of chosen_logprobs"):
         obj.token_dpo(parts[0], parts[3], parts[2], parts[3])
 
@@ -254,15 +265,15 @@ def test_contrastive_token_weights(dtype, monkeypatch):
     from distilkernels.objectives import preference
 
     monkeypatch.setattr(preference, "_BLOCK_BYTES", 3 * 101 * 4)
-    good, bad = (torch.randn(2, 5, 101) * 3).to(dtype), (torch.randn(2, 5, 101) * 3).to(dtype)
+    good, bad = (torch.randn(2, 5, 101) * 0.3).to(dtype), (torch.randn(2, 5, 101) * 0.3).to(dtype)
     good[..., 3], bad[..., 5] = -math.inf, -math.inf
     ids = torch.randint(6, 101, (2, 5))
     got = obj.contrastive_token_weights(good, bad, ids, contrast=1.5)
     z = 2.5 * good.double() - 1.5 * bad.double()
     z[..., [3, 5]] = -math.inf
-    torch.testing.assert_close(got.double(), z.softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.double(), z.softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=0)
     released = obj.contrastive_token_weights(good, good, ids)
-    torch.testing.assert_close(released.double(), good.double().softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(released.double(), good.double().softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=0)
 
 
 # --------------------------------------------------------------------------------- scores, latents, spans

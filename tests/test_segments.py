@@ -53,6 +53,9 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda v: segments.mean(v, ids, 4).masked_fill(empty, 0), values)
     assert torch.autograd.gradcheck(lambda v: segments.quantile(v, ids, 4, 0.3).masked_fill(empty, 0), values)
     assert torch.autograd.gradcheck(lambda v: segments.suffix_min(v, ids, 4).masked_fill(ids < 0, 0), values)
+    ties = torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0], requires_grad=True)
+    (first,) = torch.autograd.grad(segments.suffix_min(ties, torch.zeros(5, dtype=torch.int64), 1).sum(), ties)
+    assert first.tolist() == [0, 2, 0, 2, 1]
 
 
 def test_infinite_values():

@@ -262,3 +262,5 @@ def test_votes():
     by_length = signals.perplexity_vote(torch.tensor([-4.0, -8.0]), torch.tensor([0, 1]), lengths=torch.tensor([2, 8]))
     torch.testing.assert_close(by_length.votes, torch.tensor([math.exp(-2), math.exp(-1)]).double() / (math.exp(-2) + math.exp(-1)))
     assert signals.perplexity_vote(p.log(), -answers).answer == -1
+    alike = signals.perplexity_vote(torch.full((3,), -7.3), torch.tensor([0, 0, 1]), prune="mean")  # none is below the mean
+    torch.testing.assert_close(alike.votes, torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64) / 3)
