@@ -287,6 +287,9 @@ def test_ranknet():
         got = obj.ranknet(scores, relevance, mask, temperature=0.5, reduction=reduction)
         assert got.item() == pytest.approx(want, rel=1e-12)
     assert obj.ranknet(scores, relevance, mask, reduction="none")[1] == 0
+    # a candidate that does not exist wins no pair and loses none
+    relevance[0, 4] = -9
+    assert obj.ranknet(scores, relevance, mask, temperature=0.5).item() == pytest.approx(sum(pairs) / 5, rel=1e-12)
     assert gradcheck(lambda s: obj.ranknet(s, relevance, mask), scores)
 
 
@@ -307,6 +310,10 @@ def test_info_nce(negatives, in_batch):
     w = torch.tensor([0.0, 1.0, 3.0, 0.5]).double()
     weighted = obj.info_nce(a, p, n, in_batch=in_batch, temperature=0.2, weights=w)
     torch.testing.assert_close(weighted, (w * torch.stack(losses)).sum() / w.sum(), rtol=1e-12, atol=1e-14)
+    if not in_batch:
+        broken = a.detach().clone()
+        broken[0] = math.nan
+        torch.testing.assert_close(obj.info_nce(broken, p, n, in_batch=False, temperature=0.2, weights=w), weighted)
     if negatives or in_batch:
         assert gradcheck(lambda x, y: obj.info_nce(x, y, n, in_batch=in_batch, temperature=0.2, normalize=False), (a, p))
 

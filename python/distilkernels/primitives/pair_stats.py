@@ -217,10 +217,12 @@ def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: 
         run(logits, teacher, mixture, sides, out)
     if labels is None:
         return torch.cat([out, out.new_zeros((n, 2))], -1)
-    # the teacher's row may be narrower than a label that no valid column has
-    known = labels.clamp(max=sides.student.columns(logits.shape[2]) - 1)
-    at = [gather_logits(logits, labels[:, None], sides.student), gather_logits(teacher, known[:, None], sides.teacher)]
-    return torch.cat([out, *(t.to(out.dtype).masked_fill((labels < 0)[:, None], 0) for t in at)], -1)
+    # both rows may be narrower than a label that no valid column has: its logit is −inf
+    columns = sides.student.columns(logits.shape[2])
+    known = labels.clamp(max=columns - 1)[:, None]
+    z, t = (gather_logits(rows, known, head).to(out.dtype) for rows, head in ((logits, sides.student), (teacher, sides.teacher)))
+    z = z.masked_fill((labels >= columns)[:, None], -math.inf)
+    return torch.cat([out, *(at.masked_fill((labels < 0)[:, None], 0) for at in (z, t))], -1)
 
 
 def named(stats: Tensor) -> Tensor:
