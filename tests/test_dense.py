@@ -119,6 +119,17 @@ def test_dtypes_differ(divergence, dtypes):
     assert (a.double() - b).abs().max() <= step * b.abs().max()
 
 
+@pytest.mark.parametrize("theirs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", WAYS)
+def test_float64_beside_another_dtype(divergence, theirs):
+    """float64 logits are float64 throughout, whatever the teacher's; far from 0, where a float32 softmax adds up to 1 + 1e-5."""
+    z, t = (rows(4, 517) + 300).requires_grad_(), rows(4, 517, seed=1).to(theirs)
+    want, (b,) = value_and_grad(plain(z, t.double(), divergence).mean(), z)
+    got, (a,) = value_and_grad(dk.distill_loss(z, t, divergence=divergence), z)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
 @pytest.mark.parametrize("divergence", WAYS)
 def test_layouts(divergence):
     """logits[:, :-1] on both sides, split differently; the teacher's vocabulary padded to another width."""
@@ -140,8 +151,9 @@ def test_rows_of_weight_0_may_hold_anything(divergence):
     want, (b,) = value_and_grad(dk.distill_loss(clean, t, divergence=divergence, token_weights=weights), clean)
     z[1], z[3, 2], t[3], t[1, 0] = math.nan, math.inf, math.nan, -math.inf
     z.requires_grad_()
-    for reduction in ("mean", "none"):
-        got, (a,) = value_and_grad(dk.distill_loss(z, t, divergence=divergence, token_weights=weights, reduction=reduction), z)
+    for reduction, backend in (("mean", None), ("none", None), ("mean", "reference")):
+        options = dict(token_weights=weights, reduction=reduction, backend=backend)
+        got, (a,) = value_and_grad(dk.distill_loss(z, t, divergence=divergence, **options), z)
         got, a = (got.sum() / 1.5, a / 1.5) if reduction == "none" else (got, a)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(a, b)
@@ -157,6 +169,34 @@ def test_labels_beside_the_divergence(divergence):
     want, (b,) = value_and_grad(plain(z, t, divergence).sum() - 2 * z.log_softmax(-1)[0, 2], z)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("divergence", WAYS)
+def test_a_label_beyond_the_valid_columns(divergence):
+    """Its probability is 0 on logits and behind the lm_head; rows without one are as they were."""
+    hidden, weight = rows(2, 5), rows(9, 5, seed=1)
+    z, t, labels = hidden @ weight.T, rows(2, 9, seed=2), torch.tensor([7, -100])
+    options = dict(divergence=divergence, labels=labels, ce_weight=0.5, valid_vocab=7, reduction="none")
+    linear = dk.linear_distill_loss(hidden, weight, t, torch.eye(9, dtype=F64), **options)
+    for found in (dk.distill_loss(z, t, **options), linear):
+        assert found[0] == math.inf
+        torch.testing.assert_close(found[1], plain(z[1, :7], t[1, :7], divergence))
+
+
+@pytest.mark.parametrize("divergence", WAYS)
+def test_float16_with_a_large_denominator(divergence):
+    """A gradient scaler multiplies what num_items_in_batch divides: in between lies nothing that float16 cannot hold."""
+    n = 2.0**20
+    z, t = rows(4, 31).half().requires_grad_(), rows(4, 31, seed=1).half()
+    hidden, weight = rows(4, 5).half().requires_grad_(), rows(31, 5, seed=2).half().requires_grad_()
+    for leaves, loss in (
+        ((z,), lambda **o: dk.distill_loss(z, t, divergence=divergence, **o)),
+        ((hidden, weight), lambda **o: dk.linear_distill_loss(hidden, weight, rows(4, 5, seed=3).half(), weight.detach(), divergence=divergence, **o)),
+    ):
+        want = torch.autograd.grad(loss(reduction="sum"), leaves)
+        got = torch.autograd.grad(loss(num_items_in_batch=n) * n, leaves)
+        for a, b in zip(got, want):
+            assert (a - b).abs().max() <= 2e-3 * b.abs().max()
 
 
 def test_masked_columns():

@@ -104,6 +104,48 @@ def test_clipped_surrogate(preserve, dual):
     torch.testing.assert_close(torch.stack([got.detach(), slope], -1), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("preserve", [False, True])
+def test_a_ratio_that_overflows(preserve):
+    """A token that the old policy gave e^−200, in float32: where the clip or the dual clip decides, or nothing is at stake, all is finite."""
+    new, old = torch.full((3,), -1.0, requires_grad=True), torch.full((3,), -200.0)
+    got = obj.clipped_surrogate(new, old, torch.tensor([2.0, -2.0, 0.0]), dual_clip=3.0, preserve_gradient=preserve)
+    torch.testing.assert_close(got, torch.tensor([2.4, -6.0, 0.0]))
+    torch.testing.assert_close(grad(got.sum(), new)[0], got.detach() if preserve else torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kdrl_where_the_teacher_was_not_run(kind):
+    """Correct responses need no teacher: its log-probs there may be NaN, and the gradient is that of the rest."""
+    new, old = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]]).double().requires_grad_(), torch.full((2, 2), -1.5).double()
+    teacher, a, kd = torch.tensor([[math.nan, -math.inf], [-2.0, -1.0]]).double(), torch.tensor([1.0, -1.0]).double(), torch.tensor([0, 1])
+    got = obj.kdrl(new, old, teacher, a, beta=0.5, kind=kind, kd_mask=kd)
+    d = obj.reverse_kl_estimate(new[1], teacher[1], kind)
+    want = (0.5 * d.sum() - obj.clipped_surrogate(new, old, a).sum()) / 4
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(grad(got, new)[0], grad(want, new)[0])
+    with pytest.raises(TypeError, match="kd_mask must be a tensor; got list"):
+        obj.kdrl(new, old, teacher, a, beta=0.5, kd_mask=[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_reduced_in_float32(dtype):
+    """Their counts end at 256 and 65,504 tokens."""
+    mask = torch.ones(1, 70_000)
+    mask[:, 257:300] = 0
+    x = torch.full((1, 70_000), -0.5, dtype=dtype).masked_fill(mask == 0, math.nan).requires_grad_()
+    for loss in (obj.aggregate(x, mask), obj.aggregate(x, mask, reduction="sequence_mean"), -obj.redi(x, torch.ones(1), mask)):
+        assert loss == -0.5 and loss.dtype == torch.float32
+    old = torch.zeros_like(x)
+    assert obj.gppo(x, old, torch.ones(1), mask).item() == pytest.approx(-math.exp(-0.5), rel=1e-6)
+    assert obj.kdrl(x, x.detach(), old, torch.zeros(1), mask, beta=1.0) == 0.125
+    dpo = obj.token_dpo(x, old, old, old, chosen_mask=mask, rejected_mask=mask, beta=1e-4)
+    assert dpo.item() == pytest.approx(math.log1p(math.exp(0.5e-4 * mask.sum().item())), rel=1e-5)
+    (g,) = grad(dpo, x)
+    assert g.dtype == dtype and g.isfinite().all()
+    scores = torch.zeros(300, dtype=dtype)  # 44,850 pairs
+    assert obj.ranknet(scores, torch.arange(300)).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_gppo_and_kdrl(reduction):
     new, old, teacher, a, mask = tokens()
@@ -141,6 +183,8 @@ def test_gppo_and_kdrl(reduction):
 
 def test_annealing():
     assert obj.annealed(0) == 5e-3 and obj.annealed(10**6) == 1e-3 and obj.annealed(40) == pytest.approx(3e-3)
+    upwards = [obj.annealed(step, 0.0, 1.0, -0.25) for step in (0, 2, 9)]
+    assert upwards == [0.0, 0.5, 1.0]
 
 
 def test_groups():
@@ -152,7 +196,14 @@ def test_groups():
         want[inside] = (rewards[inside] - rewards[inside].mean()) / (rewards[inside].std() + 1e-6)
     torch.testing.assert_close(got, want)
     assert got[5] == 0 and got[[2, 4]].eq(0).all()
+    # three tenths over three are not a tenth, and an std of nothing makes much of it
+    alike = torch.full((3,), 0.1, dtype=torch.float64)
+    assert obj.group_advantages(alike, torch.zeros(3), epsilon=1e-17).eq(0).all()
     torch.testing.assert_close(obj.group_advantages(rewards, groups, scale=False)[:2], torch.tensor([1 / 3, -2 / 3]))
+    # a reward that a verifier failed to give is its own group's affair
+    broken = obj.group_advantages(rewards.masked_fill(torch.arange(6) == 2, math.nan), groups)
+    torch.testing.assert_close(broken[groups == 4], want[groups == 4])
+    assert broken[groups == 9].isnan().all() and broken[5] == 0
     correct = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0, 1.0])
     assert obj.distill_mask(correct, groups, "response").tolist() == [0, 1, 1, 0, 1, 0]
     assert obj.distill_mask(correct, groups, "group").tolist() == [0, 0, 1, 0, 1, 0]
@@ -171,6 +222,13 @@ def test_redi():
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad(got, x)[0], grad(want, x)[0], rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(obj.redi(x, torch.ones(4)), -x.mean())
+    # |y| = Σ mask, whatever it comes to; a trace of weight 0 may hold anything, and is no part of the other side
+    torch.testing.assert_close(obj.redi(x[:1], torch.ones(1), torch.full((1, 5), 0.1).double()), -x[0].mean())
+    broken = x.detach().clone()
+    broken[1, 2], broken[2] = -math.inf, math.nan
+    broken.requires_grad_()
+    got = obj.redi(broken, positive, sequence_weights=torch.tensor([1.0, 1.0, 0.0, 1.0]).double())
+    assert got == -math.inf and (grad(got, broken)[0][2] == 0).all()
 
 
 @pytest.mark.parametrize("length_normalize", [False, True])
@@ -192,6 +250,12 @@ def test_token_dpo(length_normalize):
     each = obj.token_dpo(*parts, length_normalize=length_normalize, reduction="none", **options)
     torch.testing.assert_close(each, torch.stack(sums), rtol=1e-12, atol=0)
     assert gradcheck(lambda c, r: obj.token_dpo(c, parts[1], r, parts[3], **options), (parts[0], parts[2]))
+    # a mask that weighs: |y| is its sum; the reference is a constant; no pair is a loss of 0
+    half = torch.full((3, 4), 0.5).double()
+    weighed = obj.token_dpo(parts[0], parts[1].requires_grad_(), parts[0], parts[0], chosen_mask=half, length_normalize=True, beta=1.0)
+    torch.testing.assert_close(weighed, torch.nn.functional.softplus(-(parts[0] - parts[1]).mean(-1)).mean())
+    assert grad(weighed, parts[1], allow_unused=True)[0] is None
+    assert obj.token_dpo(*(t[:0] for t in parts), reduction="mean") == 0
     with pytest.raises(ValueError, match="chosen_reference must have the shape of chosen_logprobs"):
         obj.token_dpo(parts[0], parts[3], parts[2], parts[3])
 
@@ -201,15 +265,15 @@ def test_contrastive_token_weights(dtype, monkeypatch):
     from distilkernels.objectives import preference
 
     monkeypatch.setattr(preference, "_BLOCK_BYTES", 3 * 101 * 4)
-    good, bad = (torch.randn(2, 5, 101) * 3).to(dtype), (torch.randn(2, 5, 101) * 3).to(dtype)
+    good, bad = (torch.randn(2, 5, 101) * 0.3).to(dtype), (torch.randn(2, 5, 101) * 0.3).to(dtype)
     good[..., 3], bad[..., 5] = -math.inf, -math.inf
     ids = torch.randint(6, 101, (2, 5))
     got = obj.contrastive_token_weights(good, bad, ids, contrast=1.5)
     z = 2.5 * good.double() - 1.5 * bad.double()
     z[..., [3, 5]] = -math.inf
-    torch.testing.assert_close(got.double(), z.softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.double(), z.softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=0)
     released = obj.contrastive_token_weights(good, good, ids)
-    torch.testing.assert_close(released.double(), good.double().softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(released.double(), good.double().softmax(-1).gather(-1, ids[..., None])[..., 0], rtol=1e-4, atol=0)
 
 
 # --------------------------------------------------------------------------------- scores, latents, spans
@@ -223,6 +287,9 @@ def test_ranknet():
         got = obj.ranknet(scores, relevance, mask, temperature=0.5, reduction=reduction)
         assert got.item() == pytest.approx(want, rel=1e-12)
     assert obj.ranknet(scores, relevance, mask, reduction="none")[1] == 0
+    # a candidate that does not exist wins no pair and loses none
+    relevance[0, 4] = -9
+    assert obj.ranknet(scores, relevance, mask, temperature=0.5).item() == pytest.approx(sum(pairs) / 5, rel=1e-12)
     assert gradcheck(lambda s: obj.ranknet(s, relevance, mask), scores)
 
 
@@ -243,6 +310,10 @@ def test_info_nce(negatives, in_batch):
     w = torch.tensor([0.0, 1.0, 3.0, 0.5]).double()
     weighted = obj.info_nce(a, p, n, in_batch=in_batch, temperature=0.2, weights=w)
     torch.testing.assert_close(weighted, (w * torch.stack(losses)).sum() / w.sum(), rtol=1e-12, atol=1e-14)
+    if not in_batch:
+        broken = a.detach().clone()
+        broken[0] = math.nan
+        torch.testing.assert_close(obj.info_nce(broken, p, n, in_batch=False, temperature=0.2, weights=w), weighted)
     if negatives or in_batch:
         assert gradcheck(lambda x, y: obj.info_nce(x, y, n, in_batch=in_batch, temperature=0.2, normalize=False), (a, p))
 

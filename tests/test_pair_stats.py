@@ -176,6 +176,22 @@ def test_far_rows(backend, device):
 
 
 @pytest.mark.parametrize("backend,device", servers("pair_stats"))
+def test_a_late_maximum(backend, device):
+    """One entry near the end of the student's row, the teacher's, both, outweighs by e^10 each before it; all of those together weigh as much.
+    In the last row it is e^300, which no sum from before it can hold."""
+    z, t = torch.randn(4, 9001) * 0.3, torch.randn(4, 9001) * 0.3
+    z[3, 8800] += 300
+    z[[0, 2], 8800] += 12.5
+    t[[1, 2], 8700] += 12.5
+    w = torch.tensor([0.2, 0.5, 0.9, 0.5], dtype=F64)
+    sides = Sides(Head(1.25), Head(1.25), True)
+    want = PairStats(*pair_stats(z.double(), t.double(), None, w, sides, backend="reference").unbind(-1))
+    got = PairStats(*pair_stats(z.to(device), t.to(device), None, w.to(device), sides, backend=backend).cpu().unbind(-1))
+    for name, a, b in zip(PairStats._fields, got, want):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend,device", servers("pair_stats"))
 def test_batch_invariance_and_determinism(backend, device):
     """A row's numbers depend on it alone, not on its neighbours or the number of threads."""
     if backend == "reference":

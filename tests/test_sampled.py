@@ -66,6 +66,9 @@ def test_sampled_rows_without_samples_count_nothing():
     torch.testing.assert_close(loss, plain_sampled(z.detach(), samples)[keep].mean())
     (grad,) = torch.autograd.grad(loss, z)
     assert (grad[1] == 0).all() and grad.isfinite().all()
+    # its weight is no part of the denominator either
+    weighted = dk.sampled_distill_loss(z, dk.TeacherSamples(ids, samples.weights), token_weights=torch.tensor([1.0, 5.0, 3.0]))
+    torch.testing.assert_close(weighted, (plain_sampled(z.detach(), samples)[keep] * torch.tensor([0.25, 0.75])).sum())
 
 
 def test_sampled_minus_infinity_at_a_slot_of_weight_0():
@@ -114,7 +117,8 @@ Z, SAMPLES = torch.randn(2, 11), dk.capture_samples(torch.randn(2, 11), 3, seed=
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2), dk.capture_topk(Z[:1], 2)], [1, 1]), ValueError, "teachers must share a shape"),
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2), dk.capture_topk(Z, 2, temperature=2.0)], [1, 1]), ValueError, "must share a temperature"),
     (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [1.0, 2.0]), ValueError, r"weights must have shape \(1,\) or \(2, 1\); got \(2,\)"),
-    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [-1.0]), ValueError, "weights must not be negative; got -1.0"),
+    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [-1.0]), ValueError, r"weights must be finite and not negative; got \[-1.0\]"),
+    (lambda: dk.multi_teacher([dk.capture_topk(Z, 2)], [math.inf]), ValueError, r"weights must be finite and not negative; got \[inf\]"),
     (lambda: dk.calibration.ece(0.5, SAMPLES.ids < 0), TypeError, "confidence must be a tensor; got float"),
     (lambda: dk.calibration.ece(torch.rand(3), torch.rand(3)), TypeError, "correct bool; got torch.float32 and torch.float32"),
     (lambda: dk.calibration.ece(torch.rand(3), torch.rand(2) > 0), ValueError, r"must share a shape; got \(3,\) and \(2,\)"),
@@ -122,6 +126,7 @@ Z, SAMPLES = torch.randn(2, 11), dk.capture_samples(torch.randn(2, 11), 3, seed=
     (lambda: dk.calibration.fit_temperature(Z, Z), TypeError, "teacher must be a TeacherTopK"),
     (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.zeros(3, dtype=torch.long)), ValueError, "labels must have the teacher's token shape"),
     (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.tensor([-100, -100])), ValueError, "at least one token"),
+    (lambda: dk.calibration.fit_temperature(dk.capture_topk(Z, 5), torch.tensor([1, 2]), coarse=2.0), ValueError, "coarse must be at most 1"),
     (lambda: dk.calibration.recalibrate_linear(dk.capture_topk(Z, 5), 0.0), ValueError, "epsilon must be positive"),
     (lambda: dk.calibration.RecalibratedStudent(0.0), ValueError, "c must be positive"),
 ])  # fmt: skip
@@ -214,6 +219,14 @@ def test_ece(n, bins, seed):
     correct, weight = torch.rand(n, generator=g) < 0.5, torch.randint(1, 4, (n,), generator=g).double()
     want = plain_ece(confidence.tolist(), correct.tolist(), bins, weight.tolist())
     assert math.isclose(float(dk.calibration.ece(confidence, correct, bins=bins, token_weights=weight)), want, rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_edges_of_calibration():
+    """A bin holds its upper end and not its lower one; of equal errors the smaller c is taken."""
+    half = torch.tensor([0.5, 0.45], dtype=F64)
+    assert dk.calibration.ece(half, torch.tensor([True, False])).item() == pytest.approx(0.025)
+    fit = dk.calibration.fit_temperature(dk.capture_topk(rows(6, 9), 1), torch.zeros(6, dtype=torch.int64))  # of one id p is 1, whatever c is
+    assert fit.c == 0.02 and len({e for _, e in fit.tried}) == 1
 
 
 def test_fit_temperature_finds_the_c_that_made_the_labels():

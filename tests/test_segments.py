@@ -53,6 +53,9 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda v: segments.mean(v, ids, 4).masked_fill(empty, 0), values)
     assert torch.autograd.gradcheck(lambda v: segments.quantile(v, ids, 4, 0.3).masked_fill(empty, 0), values)
     assert torch.autograd.gradcheck(lambda v: segments.suffix_min(v, ids, 4).masked_fill(ids < 0, 0), values)
+    ties = torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0], requires_grad=True)
+    (first,) = torch.autograd.grad(segments.suffix_min(ties, torch.zeros(5, dtype=torch.int64), 1).sum(), ties)
+    assert first.tolist() == [0, 2, 0, 2, 1]
 
 
 def test_infinite_values():
@@ -62,6 +65,25 @@ def test_infinite_values():
     assert segments.quantile(values, ids, 3, 0.5).tolist() == [-math.inf, -math.inf, math.inf]
     (grad,) = torch.autograd.grad(segments.logsumexp(values[:4], ids[:4], 2)[1], values)
     assert grad.tolist() == [0, 0, 1, 0, 0]
+    assert segments.logsumexp(values, ids, 3)[2] == math.inf
+
+
+def test_nan_stays_in_its_span():
+    values, ids = torch.tensor([1.0, 5.0, math.nan, 2.0, 7.0, 4.0]), torch.tensor([0, 1, 0, 0, 1, 2])
+    for reduce in (segments.sum, segments.mean, segments.minimum, segments.maximum, segments.logsumexp, lambda *a: segments.quantile(*a, 0.5)):
+        got = reduce(values, ids, 3)
+        assert got[0].isnan() and got[1:].isfinite().all()
+    # from the NaN on backwards the least value is not known
+    torch.testing.assert_close(segments.suffix_min(values, ids, 3), torch.tensor([math.nan, 5, math.nan, 2, 7, 4]), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_reduced_in_float32(dtype):
+    """3000 ones: a running sum in bfloat16 stops at 256, one in float16 at 2048."""
+    ones, ids = torch.ones(3000, dtype=dtype), torch.zeros(3000, dtype=torch.int64)
+    assert segments.sum(ones, ids, 1).dtype == dtype and segments.sum(ones, ids, 1) == torch.tensor(3000.0, dtype=dtype)
+    assert segments.mean(ones, ids, 1) == 1
+    assert segments.logsumexp(ones, ids, 1) == torch.tensor(1 + math.log(3000), dtype=dtype)
 
 
 def test_span_ids():
@@ -80,5 +102,7 @@ def test_refusals():
         segments.mean(x, ids[0], 1)
     with pytest.raises(TypeError, match="span_ids must be an integer tensor"):
         segments.maximum(x, x, 1)
+    with pytest.raises(TypeError, match="lengths must be an integer tensor"):
+        segments.from_lengths(torch.tensor([2.5, 1.0]), 4)
     with pytest.raises(ValueError, match=r"q must be in \[0, 1\]"):
         segments.quantile(x, ids, 1, 1.5)

@@ -65,6 +65,15 @@ def losses(hidden, weight, bias, shard):
     return found
 
 
+def token_signals(hidden, weight, bias, shard):
+    """Signals on logits and fused, and the gradients of those that have one."""
+    ids = torch.arange(N).view(3, N // 3) * 7 % V
+    z = (hidden @ weight.t() + bias).detach().requires_grad_()
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    calls = ((dk.signals.from_logits(z, ids, shard=shard), (z,)), (dk.signals.from_hidden(h, w, ids, bias=bias, chunk_size=4, shard=shard), (h, w)))
+    return [([t.detach() for t in s], torch.autograd.grad((s.logprob + s.entropy + s.confidence + s.self_certainty).sum(), of)) for s, of in calls]
+
+
 def worker(rank, world, port, cuts, dtype_name, out):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     torch.set_num_threads(1)
@@ -85,6 +94,9 @@ def worker(rank, world, port, cuts, dtype_name, out):
         *torch.autograd.grad(dk.linear_row_loss(h, w, None, confidence, want=("lse", "max"), shard=shard), (h, w)),
     ]
     found["signal"] = dk.linear_token_logprobs(hidden, weight[start:stop], ids[..., 0].clamp(min=0), bias=bias[start:stop], entropy=True, shard=shard)
+    found["signals"] = token_signals(hidden, weight[start:stop], bias[start:stop], shard)
+    with pytest.raises(ValueError, match="temperatures has no vocabulary-parallel form"):
+        dk.signals.from_logits(z, temperatures=(1.0, 2.0), shard=shard)
     torch.save(found, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -130,6 +142,14 @@ def test_ranks_equal_one_process(world, cuts, tmp_path):
     for part in parts:
         close(part[1], dh)
     close(torch.cat([part[2] for part in parts]), dw)
+    (on_logits, (dz,)), (fused, (dh, dw)) = token_signals(hidden, weight, bias, None)
+    parts = [rank["signals"] for rank in ranks]
+    close(torch.cat([part[0][1][0] for part in parts], -1), dz)
+    close(torch.cat([part[1][1][1] for part in parts]), dw)
+    for part in parts:
+        close(part[1][1][0], dh)
+        for got, exact in zip((*part[0][0], *part[1][0]), (*on_logits, *fused)):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
     for rank in ranks:
         for name in (*EVERYTHING, "finite_count"):
             torch.testing.assert_close(getattr(rank["stats"], name), getattr(want, name), rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -171,6 +171,8 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=sentence):
             signals.from_logits(x, **arguments)
+    with pytest.raises(TypeError, match="temperatures must be several numbers; got float"):
+        signals.from_logits(x, temperatures=1.0)
     with pytest.raises(ValueError, match="ids must have shape"):
         signals.from_logits(x, torch.zeros(3, 1, dtype=torch.int64))
 
@@ -188,6 +190,8 @@ def test_forking_mask():
     assert not signals.forking_mask(entropy, mask, 0.0).any() and torch.equal(signals.forking_mask(entropy, mask, 1.0), mask.bool())
     assert not signals.forking_mask(entropy, torch.zeros_like(mask)).any()
     assert signals.forking_mask(torch.rand(1, 100), fraction=0.07).sum() == 7
+    # a NaN of the mask is no fork, and takes no other's place
+    assert signals.forking_mask(torch.tensor([1.0, math.nan, 3.0, 2.0, 0.0]), fraction=0.4).tolist() == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize("align,first", [("following", 0), ("preceding", -3), ("centered", -2)])
@@ -200,6 +204,22 @@ def test_windowed_entropy(align, first):
             want = sum(entropy[b, i].item() for i in inside) / len(inside) if mask[b, t] else 0.0
             assert abs(got[b, t].item() - want) < 1e-12
     assert torch.autograd.gradcheck(lambda e: signals.windowed_entropy(e, mask, 4, align=align), entropy)
+
+
+def test_windows_keep_what_is_not_finite():
+    x = torch.tensor([1.0, 3.0, math.nan, 5.0, 1.0, -math.inf, 2.0, 4.0, math.inf, 6.0])
+    nan, inf = math.nan, math.inf
+    want = torch.tensor([2.0, nan, nan, 3.0, -inf, -inf, 3.0, inf, inf, 6.0])
+    torch.testing.assert_close(signals.windowed_entropy(x, None, 2), want, equal_nan=True)
+    assert signals.sequence_confidence(x[3:], reduction="lowest_window", window=2) == -inf
+
+
+def test_sequences_of_no_tokens():
+    x = torch.zeros(2, 0)
+    for reduction in ("mean", "min", "sum", "lowest_window"):
+        got = signals.sequence_confidence(x, reduction=reduction, window=2 if reduction == "lowest_window" else None)
+        assert got.shape == (2,) and (got.eq(0).all() if reduction == "sum" else got.isnan().all())
+    assert signals.last_token_reward(x, x).isnan().all() and signals.windowed_entropy(x, None, 3).shape == (2, 0)
 
 
 def test_sequence_confidence_and_last_token():
@@ -229,6 +249,9 @@ def test_votes():
     assert signals.borda_vote(certainty, answers, power=2.0).answer.tolist() == [9, 6]
     assert signals.borda_vote(certainty, answers, power=0.0).answer.tolist() == [7, 5]
     assert signals.borda_vote(certainty, answers, keep=answers == 5).answer.tolist() == [-1, 5]
+    # the least certain of two has a point, whatever stands before it and takes no part
+    last = signals.borda_vote(torch.tensor([[9.0, -math.inf, 2.0], [9.0, math.nan, 2.0]]), torch.tensor([[-1, 5, 6], [-1, 5, 6]]))
+    assert last.votes.tolist() == [[0, 1, 2], [0, 1, 2]]
 
     p = torch.tensor([0.5, 0.1, 0.3, 0.1], dtype=torch.float64)
     answers = torch.tensor([1, 2, 2, 3])
@@ -239,3 +262,5 @@ def test_votes():
     by_length = signals.perplexity_vote(torch.tensor([-4.0, -8.0]), torch.tensor([0, 1]), lengths=torch.tensor([2, 8]))
     torch.testing.assert_close(by_length.votes, torch.tensor([math.exp(-2), math.exp(-1)]).double() / (math.exp(-2) + math.exp(-1)))
     assert signals.perplexity_vote(p.log(), -answers).answer == -1
+    alike = signals.perplexity_vote(torch.full((3,), -7.3), torch.tensor([0, 0, 1]), prune="mean")  # none is below the mean
+    torch.testing.assert_close(alike.votes, torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64) / 3)

@@ -18,10 +18,16 @@ def recipe(request):
 
 
 def policy(b=4, length=6):
-    """(log-probs, old ones, reference's, rewards, group ids, mask)."""
-    new = (f64(b, length) - 3).requires_grad_()
+    """(log-probs, old ones, reference's, rewards, group ids, mask); the old ones and the reference's are NaN outside the mask."""
+    new, mask = (f64(b, length) - 3).requires_grad_(), ragged(b)
     rewards, groups = torch.tensor([1.0, 0.0, 0.3, 0.9]).double(), torch.tensor([0, 0, 5, 5])
-    return new, new.detach() + f64(b, length, scale=0.4), f64(b, length) - 3, rewards, groups, ragged(b)
+    old, reference = ((x.masked_fill(mask == 0, math.nan)) for x in (new.detach() + f64(b, length, scale=0.4), f64(b, length) - 3))
+    return new, old, reference, rewards, groups, mask
+
+
+def clean(x):
+    """0 for what a plain form would multiply by a gradient of 0."""
+    return x.nan_to_num(0)
 
 
 def advantages(rewards):
@@ -44,13 +50,13 @@ def test_gppo(recipe):
 
 def test_open_agentrl(recipe):
     new, old, _, rewards, groups, mask = policy()
-    same(recipe.open_agentrl(new, old, rewards, groups, mask), -masked_mean(ppo(new, old, advantages(rewards)[:, None], 0.2, 0.28), mask), (new,))
+    same(recipe.open_agentrl(new, old, rewards, groups, mask), -masked_mean(ppo(new, clean(old), advantages(rewards)[:, None], 0.2, 0.28), mask), (new,))
 
 
 def test_prorl(recipe):
     new, old, reference, rewards, _, mask = policy()
-    r = reference - new
-    want = masked_mean(0.05 * (r.exp() - r - 1) - ppo(new, old, rewards[:, None], 0.2, 0.4), mask)
+    r = clean(reference) - new
+    want = masked_mean(0.05 * (r.exp() - r - 1) - ppo(new, clean(old), rewards[:, None], 0.2, 0.4), mask)
     same(recipe.prorl(new, old, reference, rewards, mask, beta=0.05), want, (new,))
 
 
@@ -279,7 +285,8 @@ def test_cot_vectors(recipe):
 
 
 def test_carft(recipe):
-    a, s, ma, ms = f64(3, 6, 8).requires_grad_(), f64(3, 5, 8).requires_grad_(), ragged(), ragged(3, 5)
+    ma, ms = ragged(), ragged(3, 5)
+    a, s = (f64(*m.shape, 8).masked_fill(m[..., None] == 0, math.nan).requires_grad_() for m in (ma, ms))
     x, y = (torch.stack([h[b][m[b].bool()].mean(0) for b in range(3)]) for h, m in ((a, ma), (s, ms)))
     both = [nce(p[i], q[i], [q[j] for j in range(3) if j != i], 0.1) for p, q in ((x, y), (y, x)) for i in range(3)]
     same(recipe.carft(a, ma, s, ms), torch.stack(both).mean(), (a, s))

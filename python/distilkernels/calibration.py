@@ -52,7 +52,8 @@ def ece(confidence: Tensor, correct: Tensor, *, bins: int = 10, token_weights: T
     # the gap of a bin is |Σ w·(correct − confidence)| over all of n: the bin's own count cancels
     gap = torch.where(weight == 0, 0.0, weight * (correct.flatten().double() - confidence))
     index = ((confidence * bins).ceil() - 1).nan_to_num(0).clamp(0, bins - 1).long()
-    sums = torch.zeros(bins, dtype=torch.float64, device=gap.device).index_add_(0, index, gap)
+    # no atomics, whose order on a GPU would show in the last bit
+    sums = torch.stack([torch.where(index == b, gap, 0.0).sum() for b in range(bins)])
     total = weight.sum()
     return sums.abs().sum() / torch.where(total == 0, 1.0, total)
 
@@ -92,6 +93,8 @@ def fit_temperature(
     if labels.shape != teacher.shape:
         raise ValueError(f"labels must have the teacher's token shape {tuple(teacher.shape)}; got {tuple(labels.shape)}")
     coarse, fine = checked_positive("coarse", coarse), checked_positive("fine", fine)
+    if coarse > 1:
+        raise ValueError(f"coarse must be at most 1, where the grid ends; got {coarse}")
     counts = (labels != ignore_index) & (teacher.ids >= 0).any(-1)
     if not counts.any():
         raise ValueError("labels must have at least one token to calibrate on; got none that counts")

@@ -126,11 +126,12 @@ class DenseDistillation:
 
     def of_logits(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The same for any divergence, from raw logits [n, columns] of both sides; float32, or float64 for float64 logits."""
-        z, t = (head._replace(valid_vocab=None).apply(_wide(rows)) for head, rows in zip(self.sides, (x, y)))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        z, t = (head._replace(valid_vocab=None).apply(rows.to(dtype)) for head, rows in zip(self.sides, (x, y)))
         if self.kd is not None:
             # rows that do not count hold a constant, and those without a divergence compare the student with itself
             z = z.masked_fill(~self.used[:, None], 0)
-            t = torch.where((self.kd != 0)[:, None], t.to(z.dtype), z.detach())
+            t = torch.where((self.kd != 0)[:, None], t, z.detach())
         log_q = z.log_softmax(-1)
         found = self.divergence(t.log_softmax(-1), log_q)
         if not isinstance(found, Tensor) or found.shape != z.shape[:-1]:
@@ -217,10 +218,6 @@ class DenseDistillation:
         whole = torch.ones_like(plain)
         numbers = (t.detach().masked_fill(unused, 0).to(loss.dtype).view(lead) for t in (plain, entropy, whole, whole))
         return loss, DistillStats(*numbers, (agreement & ~unused).view(lead))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class _Total(torch.autograd.Function):

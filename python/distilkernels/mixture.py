@@ -52,7 +52,12 @@ def multi_teacher(teachers: Sequence[TeacherTopK], weights: Tensor | Sequence[fl
     slot = new.cumsum(-1) - 1
     top = torch.full_like(log_p, -math.inf).scatter_reduce_(-1, slot, log_p, "amax")
     part = (log_p - top.gather(-1, slot)).exp().masked_fill(log_p == -math.inf, 0)
-    log_p = top + torch.zeros_like(log_p).scatter_add_(-1, slot, part).log()
+    # each run's sum comes to lie at its start, without atomics, whose order on a GPU would show in the last bit
+    total = part.clone()
+    for step in range(1, len(teachers)):
+        total[..., :-step] += torch.where(ids[..., step:] == ids[..., :-step], part[..., step:], 0.0)
+    start = torch.where(new, slot, ids.shape[-1])
+    log_p = top + torch.nn.functional.pad(torch.zeros_like(total), (0, 1)).scatter_(-1, start, total)[..., :-1].log()
     ids = torch.full_like(ids, -1).scatter_(-1, slot, ids)
 
     log_p = log_p.masked_fill(ids < 0, -math.inf)
@@ -71,8 +76,8 @@ def _log_weights(weights: Tensor | Sequence[float], teachers: list[TeacherTopK])
         raise ValueError(f"weights must have shape ({count},) or {(*shape, count)}; got {tuple(weights.shape)}")
     if weights.device != device:
         raise ValueError(f"weights must be on {device}, where the teachers are; got {weights.device}")
-    if device.type == "cpu" and not (weights >= 0).all():
-        raise ValueError(f"weights must not be negative; got {float(weights.min())}")
+    if device.type == "cpu" and not ((weights >= 0) & (weights < math.inf)).all():
+        raise ValueError(f"weights must be finite and not negative; got {weights.tolist() if weights.dim() == 1 else float(weights.min())}")
     present = torch.stack([(t.ids >= 0).any(-1) for t in teachers], -1)
     weights = weights.detach().double().expand(*shape, count).masked_fill(~present, 0)
     total = weights.sum(-1, keepdim=True)

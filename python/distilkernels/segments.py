@@ -3,7 +3,8 @@
 Spans are given by an id for each token: ``values`` [..., L] and ``span_ids`` int [..., L] with ids in [0, num_spans) and a
 negative id for tokens of no span; the tokens of a span need not be neighbours. Results are [..., num_spans], one entry for
 each span of each row. All are differentiable, and deterministic on every device: tokens are brought into the order of their
-spans, no atomics add them. Other ids than these are undefined on a GPU and a ValueError on a CPU.
+spans, no atomics add them. bfloat16 and float16 are reduced in float32, and results have the dtype of the values. A NaN makes
+its span NaN. Other ids than these are undefined on a GPU and a ValueError on a CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = ["from_delimiters", "from_lengths", "logsumexp", "maximum", "mean", "m
 
 def from_lengths(lengths: Tensor, total: int) -> Tensor:
     """Span ids int64 [..., total] of consecutive spans of `lengths` [..., S] tokens; −1 behind the last."""
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must be an integer tensor; got {getattr(lengths, 'dtype', type(lengths).__name__)}")
     if total < 0:
         raise ValueError(f"total must not be negative; got {total}")
     stops = lengths.cumsum(-1)
@@ -43,6 +46,10 @@ class _Sorted(NamedTuple):
     span: Tensor  # [N·L], flat
     lengths: Tensor  # [N·S + 1], the last of no span
     shape: tuple[int, ...]
+    dtype: torch.dtype  # of the results
+
+    def result(self, found: Tensor) -> Tensor:
+        return found.view(self.shape).to(self.dtype)
 
 
 def _checked(values: Tensor, span_ids: Tensor, num_spans: int) -> None:
@@ -64,7 +71,7 @@ def _in_order(values: Tensor, span_ids: Tensor, num_spans: int, by_value: bool =
     _checked(values, span_ids, num_spans)
     lead, length = values.shape[:-1], values.shape[-1]
     rows = math.prod(lead)
-    flat, none = values.reshape(-1), rows * num_spans
+    flat, none = (values if values.dtype == torch.float64 else values.float()).reshape(-1), rows * num_spans
     first = torch.arange(rows, device=values.device).view(-1, 1) * num_spans
     ids = span_ids.reshape(rows, length).long()
     span = torch.where(ids < 0, none, ids + first).reshape(-1)
@@ -74,37 +81,37 @@ def _in_order(values: Tensor, span_ids: Tensor, num_spans: int, by_value: bool =
     else:
         order = span.argsort(stable=True)
     lengths = torch.zeros(none + 1, dtype=torch.int64, device=values.device).scatter_add_(0, span, torch.ones_like(span))
-    return _Sorted(flat[order], span[order], lengths, (*lead, num_spans))
+    return _Sorted(flat[order], span[order], lengths, (*lead, num_spans), values.dtype)
 
 
 def _reduced(tokens: _Sorted, values: Tensor, how: str, empty: float) -> Tensor:
     found = torch.segment_reduce(values, how, lengths=tokens.lengths, unsafe=True, initial=None if how == "mean" else empty)
-    return found[:-1].masked_fill(tokens.lengths[:-1] == 0, empty).view(tokens.shape)
+    return found[:-1].masked_fill(tokens.lengths[:-1] == 0, empty)
 
 
 def sum(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     """Σ over each span; 0 for a span without tokens."""
     tokens = _in_order(values, span_ids, num_spans)
-    return _reduced(tokens, tokens.values, "sum", 0.0)
+    return tokens.result(_reduced(tokens, tokens.values, "sum", 0.0))
 
 
 def mean(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     """The mean of each span; NaN for a span without tokens."""
     tokens = _in_order(values, span_ids, num_spans)
-    count = tokens.lengths[:-1].view(tokens.shape)
-    return (_reduced(tokens, tokens.values, "sum", 0.0) / count.clamp(min=1)).masked_fill(count == 0, math.nan)
+    count = tokens.lengths[:-1]
+    return tokens.result((_reduced(tokens, tokens.values, "sum", 0.0) / count.clamp(min=1)).masked_fill(count == 0, math.nan))
 
 
 def minimum(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     """The least of each span; +inf for a span without tokens. Equal ones share the gradient."""
     tokens = _in_order(values, span_ids, num_spans)
-    return _reduced(tokens, tokens.values, "min", math.inf)
+    return tokens.result(_reduced(tokens, tokens.values, "min", math.inf))
 
 
 def maximum(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     """The greatest of each span; −inf for a span without tokens. Equal ones share the gradient."""
     tokens = _in_order(values, span_ids, num_spans)
-    return _reduced(tokens, tokens.values, "max", -math.inf)
+    return tokens.result(_reduced(tokens, tokens.values, "max", -math.inf))
 
 
 def logsumexp(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
@@ -112,10 +119,10 @@ def logsumexp(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     tokens = _in_order(values, span_ids, num_spans)
     with torch.no_grad():
         top = torch.segment_reduce(tokens.values, "max", lengths=tokens.lengths, unsafe=True, initial=-math.inf)
-        top = top.masked_fill(top == -math.inf, 0)
+        top = top.masked_fill(~top.isfinite(), 0)
     total = _reduced(tokens, (tokens.values - top[tokens.span]).exp(), "sum", 0.0)
     nothing = total == 0
-    return (total.masked_fill(nothing, 1).log() + top[:-1].view(tokens.shape)).masked_fill(nothing, -math.inf)
+    return tokens.result((total.masked_fill(nothing, 1).log() + top[:-1]).masked_fill(nothing, -math.inf))
 
 
 def quantile(values: Tensor, span_ids: Tensor, num_spans: int, q: float) -> Tensor:
@@ -131,9 +138,10 @@ def quantile(values: Tensor, span_ids: Tensor, num_spans: int, q: float) -> Tens
     first = lengths.cumsum(0) - lengths
     last = (first + (lengths - 1).clamp(min=0)).clamp(max=tokens.values.numel() - 1)
     below, above = tokens.values[torch.minimum(first + low, last)], tokens.values[torch.minimum(first + low + 1, last)]
-    share = (place - low).to(values.dtype)
+    share = (place - low).to(tokens.values.dtype)
     between = torch.where(share == 0, below, (1 - share) * below + share * above.masked_fill(share == 0, 0))
-    return between.masked_fill(lengths == 0, math.nan).view(tokens.shape)
+    # NaN comes last in the order
+    return tokens.result(between.masked_fill((lengths == 0) | tokens.values[last].isnan(), math.nan))
 
 
 def suffix_min(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
@@ -149,7 +157,7 @@ def suffix_min(values: Tensor, span_ids: Tensor, num_spans: int) -> Tensor:
     step = 1
     while step < length:
         ahead = torch.where(span[..., :-step] == span[..., step:], best[..., step:], math.inf)
-        best = torch.cat([torch.where(ahead < best[..., :-step], ahead, best[..., :-step]), best[..., -step:]], -1)
+        best = torch.cat([torch.where((ahead < best[..., :-step]) | ahead.isnan(), ahead, best[..., :-step]), best[..., -step:]], -1)
         step *= 2
     best = best.masked_fill(span < 0, math.inf)
     return best.gather(-1, order.argsort(dim=-1))

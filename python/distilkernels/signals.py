@@ -122,6 +122,8 @@ def _heads(head: Head, temperatures: Iterable[float], shard: VocabShard | None) 
         raise ValueError(f"temperatures replaces temperature; got both, temperature={head.temperature}")
     if shard is not None:
         raise ValueError("temperatures has no vocabulary-parallel form: call once for each temperature with shard")
+    if not isinstance(temperatures, Iterable):
+        raise TypeError(f"temperatures must be several numbers; got {type(temperatures).__name__}")
     heads = [head._replace(temperature=checked_positive("temperatures", t)) for t in temperatures]
     if not heads:
         raise ValueError("temperatures must have at least one; got none")
@@ -205,7 +207,7 @@ def forking_mask(entropy: Tensor, mask: Tensor | None = None, fraction: float = 
     """The forking tokens: those whose entropy is among the highest `fraction` (80/20 rule, arXiv 2506.01939).
 
     A token is kept if H ≥ τ, τ the ⌈fraction·n⌉-th highest entropy of the n tokens of the mask: tokens that tie with τ are
-    all kept.
+    all kept, and one with a NaN never is.
 
     Args:
         entropy: [..., L] nats. mask: [..., L], nonzero for a token that counts; None for all.
@@ -223,7 +225,7 @@ def forking_mask(entropy: Tensor, mask: Tensor | None = None, fraction: float = 
     rows = (1, -1) if across == "batch" else (-1, entropy.shape[-1])
     if entropy.numel() == 0:
         return mask
-    ordered = entropy.masked_fill(~mask, -math.inf).reshape(rows).sort(dim=-1, descending=True).values
+    ordered = entropy.masked_fill(~mask | entropy.isnan(), -math.inf).reshape(rows).sort(dim=-1, descending=True).values
     # 0.07·100 is 7 and a rounding error
     kept = (fraction * mask.reshape(rows).sum(-1, keepdim=True).double() * (1 - 1e-12)).ceil().long()
     threshold = ordered.gather(-1, (kept - 1).clamp(min=0)).masked_fill(kept == 0, math.inf)
@@ -259,7 +261,12 @@ def windowed_entropy(entropy: Tensor, mask: Tensor | None, window: int, *, align
         sums = torch.nn.functional.pad(x.double().cumsum(-1), (1, 0))
         return sums[..., stop] - sums[..., start]
 
-    return torch.where(mask, over_window(entropy) / over_window(mask).clamp(min=1), 0.0).to(entropy.dtype)
+    # a difference of sums would carry what is not finite to every later window
+    total = over_window(entropy.nan_to_num(0, 0, 0))
+    for value in (math.nan, math.inf, -math.inf):
+        held = entropy.isnan() if math.isnan(value) else entropy == value
+        total = total + torch.where(over_window(held) > 0, value, 0.0)
+    return torch.where(mask, total / over_window(mask).clamp(min=1), 0.0).to(entropy.dtype)
 
 
 def sequence_confidence(values: Tensor, mask: Tensor | None = None, *, reduction: str = "mean", window: int | None = None) -> Tensor:
@@ -281,6 +288,8 @@ def sequence_confidence(values: Tensor, mask: Tensor | None = None, *, reduction
         return values.sum(-1)
     if reduction == "mean":
         return (values.sum(-1) / mask.sum(-1).clamp(min=1)).masked_fill(none, math.nan)
+    if values.shape[-1] == 0 and reduction in ("min", "lowest_window"):
+        return values.sum(-1) * math.nan
     if reduction == "lowest_window":
         values = windowed_entropy(values, mask, window)
         # windows that the end of the span cuts off say less than whole ones, unless there is none
@@ -306,6 +315,8 @@ def last_token_reward(logprobs: Tensor, mask: Tensor | None = None, *, constant:
     constant, scale = checked_number("constant", constant), checked_number("scale", scale)
     if mask is not None:
         logprobs, mask = checked_signal("logprobs", logprobs, mask)
+        if mask.shape[-1] == 0:
+            return logprobs.sum(-1) * math.nan
         at = torch.where(mask, torch.arange(mask.shape[-1], device=mask.device), -1).amax(-1, keepdim=True)
         logprobs = logprobs.gather(-1, at.clamp(min=0)).masked_fill(at < 0, math.nan).squeeze(-1)
     return scale * (logprobs - constant)

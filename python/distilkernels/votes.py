@@ -28,8 +28,9 @@ def _checked_samples(name: str, values: Tensor, answers: Tensor, keep: Tensor | 
         raise TypeError(f"answers must be an integer tensor; got {getattr(answers, 'dtype', type(answers).__name__)}")
     if answers.shape != values.shape:
         raise ValueError(f"answers must have the shape of {name}, {tuple(values.shape)}; got {tuple(answers.shape)}")
-    if keep is not None and keep.shape != values.shape:
-        raise ValueError(f"keep must have the shape of {name}, {tuple(values.shape)}; got {tuple(keep.shape)}")
+    if keep is not None and (not isinstance(keep, Tensor) or keep.shape != values.shape):
+        got = tuple(keep.shape) if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"keep must be a tensor of the shape of {name}, {tuple(values.shape)}; got {got}")
     part = answers >= 0
     return answers.long(), part if keep is None else part & (keep != 0)
 
@@ -49,7 +50,8 @@ def borda_vote(certainty: Tensor, answers: Tensor, *, power: float = 1.0, keep: 
     """Borda voting by certainty (Self-Certainty, arXiv 2502.18581): the r-th most certain of n samples gives its answer (n − r + 1)^power.
 
     Args:
-        certainty: [..., S], one number for each sample: the mean self-certainty of its tokens. Ties go to the earlier sample.
+        certainty: [..., S], one number for each sample: the mean self-certainty of its tokens. Ties go to the earlier sample;
+            NaN is like −inf, the least certain.
         answers: int [..., S], equal ids for equal answers; a negative one takes no part.
         power: 0 is majority voting, larger ones trust the most certain more (the paper: 0.3 at S = 8, 1.2 at 64).
         keep: [..., S], nonzero for samples that take part.
@@ -59,7 +61,9 @@ def borda_vote(certainty: Tensor, answers: Tensor, *, power: float = 1.0, keep: 
     """
     answers, part = _checked_samples("certainty", certainty, answers, keep)
     power = checked_number("power", power)
-    order = certainty.masked_fill(~part, -math.inf).nan_to_num(nan=-math.inf, neginf=-math.inf).argsort(dim=-1, descending=True, stable=True)
+    order = torch.where(certainty.isnan(), -math.inf, certainty).argsort(dim=-1, descending=True, stable=True)
+    # samples that take no part come last, behind those of certainty −inf
+    order = order.gather(-1, (~part).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True))
     place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
     weights = (part.sum(-1, keepdim=True) - place).clamp(min=0).double() ** power
     return _count(weights, answers, part)
@@ -83,8 +87,9 @@ def perplexity_vote(logprobs: Tensor, answers: Tensor, *, lengths: Tensor | None
     answers, part = _checked_samples("logprobs", logprobs, answers, keep)
     if prune not in ("none", "mean"):
         raise ValueError(f"prune must be 'none' or 'mean'; got {prune!r}")
-    if lengths is not None and lengths.shape != logprobs.shape:
-        raise ValueError(f"lengths must have the shape of logprobs, {tuple(logprobs.shape)}; got {tuple(lengths.shape)}")
+    if lengths is not None and (not isinstance(lengths, Tensor) or lengths.shape != logprobs.shape):
+        got = tuple(lengths.shape) if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"lengths must be a tensor of the shape of logprobs, {tuple(logprobs.shape)}; got {got}")
     logprobs = logprobs.double() if lengths is None else logprobs.double() / lengths.clamp(min=1)
     part = part & ~logprobs.isnan()
     logprobs = logprobs.masked_fill(~part, -math.inf)

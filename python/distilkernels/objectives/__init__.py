@@ -1,7 +1,8 @@
 """Training objectives on what a trainer has: log-probs, masks, advantages, rewards, group ids, hidden states. O(N) PyTorch.
 
 Each docstring gives the equation, the paper, the shapes, and what is divided by what. Log-probs are natural logs; masks are
-nonzero on tokens that count (other values than 0 and 1 weigh them), and what lies outside them may be NaN.
+nonzero on tokens that count (other values than 0 and 1 weigh them), and what lies outside them may be NaN. Results are float32,
+or float64 for float64 arguments.
 """
 
 from .latent import info_nce, latent_kl, ranknet, span_weights

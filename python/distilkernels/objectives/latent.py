@@ -20,7 +20,7 @@ def ranknet(scores: Tensor, relevance: Tensor, mask: Tensor | None = None, *, te
         reduction: "pair_mean" over all pairs of the batch, "list_mean" the mean over lists (those with a pair) of their pairs' mean,
             "sum", or "none": [...] sums by list.
     """
-    checked_floats("scores", scores)
+    scores = checked_floats("scores", scores)
     checked_positive("temperature", temperature)
     if not isinstance(relevance, Tensor) or relevance.shape != scores.shape:
         raise ValueError(f"relevance must be a tensor of the shape of scores, {tuple(scores.shape)}; got {getattr(relevance, 'shape', type(relevance))}")
@@ -57,13 +57,12 @@ def info_nce(
     Returns:
         A scalar; float32 or better inside. With no negative at all the loss is 0.
     """
-    checked_floats("anchors", anchors)
+    anchors = checked_floats("anchors", anchors)
     if anchors.dim() != 2:
         raise ValueError(f"anchors must have shape [N, D]; got {tuple(anchors.shape)}")
-    checked_floats("positives", positives, anchors.shape, "anchors")
+    positives = checked_floats("positives", positives, anchors.shape, "anchors")
     checked_positive("temperature", temperature)
-    vectors = [t if t.dtype == torch.float64 else t.float() for t in (anchors, positives)]
-    a, p = (torch.nn.functional.normalize(t, dim=-1) if normalize else t for t in vectors)
+    a, p = (torch.nn.functional.normalize(t, dim=-1) if normalize else t for t in (anchors, positives))
     own = (a * p).sum(-1, keepdim=True)
     columns = [own]
     if in_batch:
@@ -91,14 +90,13 @@ def latent_kl(
         student, teacher: [..., D] of equal shapes. mask: [...], vectors that count (values weigh them).
         reduction: "mean" is Σ m·KL / Σ m, "sum", or "none" ([...]). The value is not multiplied by T².
     """
-    checked_floats("student", student)
-    checked_floats("teacher", teacher, student.shape, "student")
+    s = checked_floats("student", student)
+    t = checked_floats("teacher", teacher, student.shape, "student").detach()
     if student.dim() == 0:
         raise ValueError("student must have shape [..., D]; got a scalar")
     checked_positive("temperature", temperature)
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
-    s, t = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher.detach()))
     if mask is not None and isinstance(mask, Tensor) and mask.shape == s.shape[:-1]:
         # what is masked out may hold anything
         s, t = (x.masked_fill((mask == 0).unsqueeze(-1), 0) for x in (s, t))

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 
 from ..primitives.head import checked_number, checked_positive
-from .shapes import checked_floats, checked_mask, inside, over, per_token
+from .shapes import checked_floats, checked_mask, inside, over, per_token, wide
 
 KINDS = ("k1", "k2", "k3")
+
+# of a log-ratio: e^80 is a float32
+_LARGEST = 80.0
 
 
 def aggregate(values: Tensor, mask: Tensor | None = None, *, reduction: str = "token_mean", num_items_in_batch: float | Tensor | None = None) -> Tensor:
@@ -18,7 +21,7 @@ def aggregate(values: Tensor, mask: Tensor | None = None, *, reduction: str = "t
     "sequence_mean" the mean over sequences of Σ_t m·v / Σ_t m, over those with a token (or their sum / num_items_in_batch);
     "sum" Σ m·v; "none" m·v. A token of mask 0 contributes nothing, even if it holds NaN; nothing at all gives 0.
     """
-    checked_floats("values", values)
+    values = checked_floats("values", values)
     mask = checked_mask("mask", mask, values, "values")
     weighed = values.masked_fill(mask == 0, 0) * mask
     if reduction == "none":
@@ -34,7 +37,7 @@ def aggregate(values: Tensor, mask: Tensor | None = None, *, reduction: str = "t
     return over(total, count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, dtype=values.dtype, device=values.device))
 
 
-def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k2") -> Tensor:
+def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: str = "k2", mask: Tensor | None = None) -> Tensor:
     """Estimates of KL(π ‖ π_T) from tokens of the student's own, with R = log π_T − log π at the token.
 
         k1 = −R        k2 = R²/2        k3 = e^R − R − 1
@@ -44,14 +47,16 @@ def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind
 
     Args:
         student_logprobs, teacher_logprobs: [...], log-probs of the same tokens; the teacher's get no gradient.
+        mask: [...], nonzero on tokens that count; the others may hold NaN (:func:`aggregate` alone comes too late for the gradient).
 
     Returns:
-        [...] nats, one per token.
+        [...] nats, one per token; 0 outside the mask.
     """
-    checked_floats("student_logprobs", student_logprobs)
-    checked_floats("teacher_logprobs", teacher_logprobs, student_logprobs.shape, "student_logprobs")
+    student_logprobs = checked_floats("student_logprobs", student_logprobs)
+    teacher_logprobs = checked_floats("teacher_logprobs", teacher_logprobs, student_logprobs.shape, "student_logprobs")
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    student_logprobs, teacher_logprobs = inside(mask, student_logprobs, teacher_logprobs)
     ratio = teacher_logprobs.detach() - student_logprobs
     if kind == "k1":
         return -ratio
@@ -60,7 +65,7 @@ def reverse_kl_estimate(student_logprobs: Tensor, teacher_logprobs: Tensor, kind
 
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2,
-    preserve_gradient: bool = False, dual_clip: float | None = None,
+    preserve_gradient: bool = False, dual_clip: float | None = None, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """J = min(r·A, c·A) per token, r = π/π_old, to be maximised (PPO, GRPO; clip_high > clip_low is DAPO's).
 
@@ -70,20 +75,23 @@ def clipped_surrogate(
 
     Args:
         logprobs, old_logprobs: [..., L]; the old ones get no gradient. advantages: [..., L], or [...] one per sequence.
+        mask: [..., L], nonzero on tokens that count; the others may hold NaN (:func:`aggregate` alone comes too late for the gradient).
 
     Returns:
-        [..., L].
+        [..., L]; 0 outside the mask.
     """
-    checked_floats("logprobs", logprobs)
-    checked_floats("old_logprobs", old_logprobs, logprobs.shape, "logprobs")
+    logprobs = checked_floats("logprobs", logprobs)
+    old_logprobs = checked_floats("old_logprobs", old_logprobs, logprobs.shape, "logprobs")
     advantages = per_token("advantages", advantages, logprobs).detach()
+    logprobs, old_logprobs, advantages = inside(mask, logprobs, old_logprobs, advantages)
     if not 0 <= checked_number("clip_low", clip_low) <= 1:
         raise ValueError(f"clip_low must be in [0, 1]; got {clip_low}")
     if checked_number("clip_high", clip_high) < 0:
         raise ValueError(f"clip_high must not be negative; got {clip_high}")
     if dual_clip is not None and checked_number("dual_clip", dual_clip) <= 1:
         raise ValueError(f"dual_clip must be above 1; got {dual_clip}")
-    ratio = (logprobs - old_logprobs.detach()).exp()
+    # a ratio that overflows would give the branch that is not taken a gradient of 0·inf
+    ratio = (logprobs - old_logprobs.detach()).clamp(max=_LARGEST).exp()
     # one with the gradient of log π; 0/0 where a ratio underflows
     unit = (logprobs - logprobs.detach()).exp() if preserve_gradient else 1.0
     clipped = (ratio.detach().clamp(1 - clip_low, 1 + clip_high) * unit) if preserve_gradient else ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -105,9 +113,8 @@ def gppo(
         logprobs, old_logprobs, mask: [..., L]. advantages: [..., L] or [...].
         clip_low, clip_high, dual_clip: see :func:`clipped_surrogate`. reduction, num_items_in_batch: see :func:`aggregate`.
     """
-    logprobs, old_logprobs, advantages = inside(mask, logprobs, old_logprobs, advantages)
     objective = clipped_surrogate(
-        logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, preserve_gradient=True, dual_clip=dual_clip
+        logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, preserve_gradient=True, dual_clip=dual_clip, mask=mask
     )
     return aggregate(-objective, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
@@ -128,19 +135,25 @@ def kdrl(
         logprobs, old_logprobs, teacher_logprobs, mask: [..., L], of the student's own tokens; gradient to the first.
         advantages: [..., L], or [...] one per response.
         beta: β ≥ 0. kind: "k2" (the gradient of reverse KL) or "k3" (of forward KL).
-        kd_mask: [...] or [..., L], where the teacher's term counts; None is everywhere.
+        kd_mask: [...] or [..., L], where the teacher's term counts (its log-probs elsewhere may be NaN); None is everywhere.
         clip_low, clip_high: see :func:`clipped_surrogate`. reduction, num_items_in_batch: see :func:`aggregate`.
     """
     if kind == "k1":
         raise ValueError("kind='k1' is no loss: the expectation of its gradient is zero. Add −β·k1 to the rewards or advantages instead")
     if checked_number("beta", beta) < 0:
         raise ValueError(f"beta must not be negative; got {beta}")
-    logprobs, old_logprobs, teacher_logprobs, advantages = inside(mask, logprobs, old_logprobs, teacher_logprobs, advantages)
-    distance = reverse_kl_estimate(logprobs, teacher_logprobs, kind)
+    logprobs = checked_floats("logprobs", logprobs)
     if kd_mask is not None:
-        kd_mask = per_token("kd_mask", kd_mask.to(logprobs.dtype), logprobs).detach()
-        distance = distance.masked_fill(kd_mask == 0, 0) * kd_mask
-    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high)
+        if not isinstance(kd_mask, Tensor):
+            raise TypeError(f"kd_mask must be a tensor; got {type(kd_mask).__name__}")
+        kd_mask = per_token("kd_mask", kd_mask.detach().to(logprobs.dtype), logprobs)
+        # where the teacher is not asked it may not have been run: a distance of 0, with the gradient of one
+        teacher_logprobs = checked_floats("teacher_logprobs", teacher_logprobs, logprobs.shape, "logprobs")
+        teacher_logprobs = torch.where(kd_mask == 0, logprobs.detach(), teacher_logprobs)
+    distance = reverse_kl_estimate(logprobs, teacher_logprobs, kind, mask)
+    if kd_mask is not None:
+        distance = distance * kd_mask
+    objective = clipped_surrogate(logprobs, old_logprobs, advantages, clip_low=clip_low, clip_high=clip_high, mask=mask)
     return aggregate(beta * distance - objective, mask, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
 
@@ -168,17 +181,22 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, scale: bool = True, 
         scale: divide by the unbiased std; without, A = R − mean (Dr. GRPO).
 
     Returns:
-        [B]; 0 for a response alone in its group. O(B²) booleans.
+        [B]; 0 for a response alone in its group, NaN in a group with a NaN. O(B²) memory.
     """
-    same = _same_group(rewards, group_ids).double()
+    same, values = _same_group(rewards, group_ids), rewards.double()
     checked_positive("epsilon", epsilon)
     count = same.sum(-1)
-    centered = rewards.double() - same @ rewards.double() / count
+
+    def over_group(x: Tensor) -> Tensor:
+        # no product with a matrix of 0 and 1: a NaN would reach every group
+        return torch.where(same, x, 0.0).sum(-1)
+
+    centered = values - over_group(values) / count
     # the mean of equal rewards may miss them by a rounding error, which a std of nothing would blow up
-    centered = centered.masked_fill(centered.abs() < 1e-12 * rewards.double().abs().clamp(min=1), 0)
+    centered = centered.masked_fill(centered.abs() < 1e-12 * values.abs().clamp(min=1), 0)
     if scale:
-        centered = centered / ((same @ centered.square() / (count - 1).clamp(min=1)).sqrt() + epsilon)
-    return centered.to(rewards.dtype)
+        centered = centered / ((over_group(centered.square()) / (count - 1).clamp(min=1)).sqrt() + epsilon)
+    return centered.to(wide(rewards).dtype)
 
 
 @torch.no_grad()
@@ -191,4 +209,4 @@ def distill_mask(rewards: Tensor, group_ids: Tensor, rule: str = "response", *, 
     correct = rewards > checked_number("threshold", threshold)
     if rule not in ("response", "group"):
         raise ValueError(f"rule must be 'response' or 'group'; got {rule!r}")
-    return (~correct if rule == "response" else ~(same & correct).any(-1)).to(rewards.dtype)
+    return (~correct if rule == "response" else ~(same & correct).any(-1)).to(wide(rewards).dtype)

@@ -30,7 +30,7 @@ def redi(
     Returns:
         A scalar; a side without traces contributes 0.
     """
-    checked_floats("logprobs", logprobs)
+    logprobs = checked_floats("logprobs", logprobs)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs must have shape [B, L]; got {tuple(logprobs.shape)}")
     if not isinstance(positive, Tensor) or positive.shape != logprobs.shape[:1]:
@@ -38,10 +38,14 @@ def redi(
     if checked_number("alpha", alpha) < 0:
         raise ValueError(f"alpha must not be negative; got {alpha}")
     mask = checked_mask("mask", mask, logprobs, "logprobs")
-    nll = _summed(-logprobs, mask, token_weights, "token_weights") / mask.sum(-1).clamp(min=1)
+    nll = over(_summed(-logprobs, mask, token_weights, "token_weights"), mask.sum(-1))
     weights = checked_mask("sequence_weights", sequence_weights, nll, "positive") * (mask != 0).any(-1)
-    good, bad = weights * (positive != 0), weights * (positive == 0)
-    return over((good * nll).sum(), good.sum()) - alpha * over((bad * nll).sum(), bad.sum())
+
+    def mean(w: Tensor) -> Tensor:
+        # a trace of the other side or of weight 0 may hold −inf or NaN
+        return over((nll.masked_fill(w == 0, 0) * w).sum(), w.sum())
+
+    return mean(weights * (positive != 0)) - alpha * mean(weights * (positive == 0))
 
 
 def token_dpo(
@@ -64,8 +68,8 @@ def token_dpo(
         ("chosen", chosen_logprobs, chosen_reference, chosen_mask, chosen_weights),
         ("rejected", rejected_logprobs, rejected_reference, rejected_mask, rejected_weights),
     ):
-        checked_floats(f"{side}_logprobs", logprobs)
-        checked_floats(f"{side}_reference", reference, logprobs.shape, f"{side}_logprobs")
+        logprobs = checked_floats(f"{side}_logprobs", logprobs)
+        reference = checked_floats(f"{side}_reference", reference, logprobs.shape, f"{side}_logprobs")
         mask = checked_mask(f"{side}_mask", mask, logprobs, f"{side}_logprobs")
         gain = _summed(logprobs - reference.detach(), mask, weights, f"{side}_weights")
         sides.append(over(gain, mask.sum(-1)) if length_normalize else gain)

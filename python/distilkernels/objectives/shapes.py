@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
+def wide(t: Tensor) -> Tensor:
+    """float32, or float64 as it is: sixteen bits cannot count the tokens of a batch."""
+    return t if t.dtype == torch.float64 else t.float()
+
+
 def checked_floats(name: str, t: Tensor, shape: tuple[int, ...] | None = None, like: str = "") -> Tensor:
-    """A floating-point tensor, of `shape` (that of the argument `like`) where given."""
+    """A floating-point tensor as :func:`wide`, of `shape` (that of the argument `like`) where given."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor; got {getattr(t, 'dtype', type(t).__name__)}")
     if shape is not None and tuple(t.shape) != tuple(shape):
         raise ValueError(f"{name} must have the shape of {like}, {tuple(shape)}; got {tuple(t.shape)}")
-    return t
+    return wide(t)
 
 
 def checked_mask(name: str, mask: Tensor | None, t: Tensor, like: str) -> Tensor:
@@ -26,13 +32,16 @@ def checked_mask(name: str, mask: Tensor | None, t: Tensor, like: str) -> Tensor
 
 
 def inside(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with 0 where the mask has no token: a NaN there would meet a gradient of 0."""
-    return tensors if mask is None else tuple(t.masked_fill(mask == 0, 0) if t.shape == mask.shape else t for t in tensors)
+    """The tensors, of one shape, with 0 where the mask has no token: a NaN there would meet a gradient of 0."""
+    if mask is None:
+        return tensors
+    outside = checked_mask("mask", mask, tensors[0], "the log-probs") == 0
+    return tuple(t.masked_fill(outside, 0) for t in tensors)
 
 
 def per_token(name: str, t: Tensor, like: Tensor) -> Tensor:
     """[..., L] as it is, or one number for each sequence [...] widened to its tokens."""
-    checked_floats(name, t)
+    t = checked_floats(name, t)
     if t.shape == like.shape:
         return t
     if t.shape == like.shape[:-1]:

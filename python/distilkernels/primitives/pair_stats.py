@@ -100,17 +100,13 @@ def rows_at(rows: Tensor, block: slice) -> Tensor:
     return rows[outer, first : first + block.stop - block.start]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 # ---------------------------------------------------------------------------------------------- reference
 
 
 def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
     """Writes the statistics of logits [O, I, V] and teacher [O', I', V'] into out [N, 11], N = O·I = O'·I'.
 
-    The definition, in fp64 where the logits are, and fp32 otherwise; block by block, so that [N, V] is never made. `mixture` [N].
+    The definition, in fp64 where one of the sides is, and fp32 otherwise; block by block, so that [N, V] is never made. `mixture` [N].
     """
     for block, z, t in _blocks(logits, teacher, sides):
         lse, teacher_lse = z.logsumexp(-1), t.logsumexp(-1)
@@ -139,8 +135,9 @@ def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Si
 def _blocks(logits: Tensor, teacher: Tensor, sides: Sides):
     """(rows, z, t) of one block after another."""
     columns = sides.student.columns(logits.shape[2])
+    dtype = torch.float64 if torch.float64 in (logits.dtype, teacher.dtype) else torch.float32
     for block in row_blocks(logits.shape[0] * logits.shape[1], columns, logits.device, logits.shape[1], teacher.shape[1]):
-        x, y = (_wide(rows_at(rows, block)[:, :columns]) for rows in (logits, teacher))
+        x, y = (rows_at(rows, block)[:, :columns].to(dtype) for rows in (logits, teacher))
         yield block, sides.student._replace(valid_vocab=None).apply(x), sides.teacher.apply(y)
 
 
@@ -220,10 +217,12 @@ def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: 
         run(logits, teacher, mixture, sides, out)
     if labels is None:
         return torch.cat([out, out.new_zeros((n, 2))], -1)
-    # the teacher's row may be narrower than a label that no valid column has
-    known = labels.clamp(max=sides.student.columns(logits.shape[2]) - 1)
-    at = [gather_logits(logits, labels[:, None], sides.student), gather_logits(teacher, known[:, None], sides.teacher)]
-    return torch.cat([out, *(t.to(out.dtype).masked_fill((labels < 0)[:, None], 0) for t in at)], -1)
+    # both rows may be narrower than a label that no valid column has: its logit is −inf
+    columns = sides.student.columns(logits.shape[2])
+    known = labels.clamp(max=columns - 1)[:, None]
+    z, t = (gather_logits(rows, known, head).to(out.dtype) for rows, head in ((logits, sides.student), (teacher, sides.teacher)))
+    z = z.masked_fill((labels >= columns)[:, None], -math.inf)
+    return torch.cat([out, *(at.masked_fill((labels < 0)[:, None], 0) for at in (z, t))], -1)
 
 
 def named(stats: Tensor) -> Tensor:
