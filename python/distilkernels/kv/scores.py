@@ -168,13 +168,19 @@ def counted(keys: Tensor, span: tuple[Tensor, Tensor], mask: Tensor | None) -> T
     return inside if mask is None else inside & mask
 
 
+def are_keys(keys: object) -> bool:
+    """A tensor [B, H, T, D] of a dtype that is served."""
+    return isinstance(keys, Tensor) and keys.dtype in _DTYPES and keys.dim() == 4 and keys.shape[3] > 0
+
+
 def checked_keys(name: str, keys: Tensor) -> None:
+    if are_keys(keys):
+        return
     if not isinstance(keys, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(keys).__name__}")
     if keys.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {keys.dtype}")
-    if keys.dim() != 4 or keys.shape[3] == 0:
-        raise ValueError(f"{name} must have shape [B, H, T, D] with D ≥ 1; got {tuple(keys.shape)}")
+    raise ValueError(f"{name} must have shape [B, H, T, D] with D ≥ 1; got {tuple(keys.shape)}")
 
 
 def check_threshold(threshold: float) -> None:

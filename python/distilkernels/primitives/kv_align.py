@@ -108,7 +108,8 @@ def _empties(like: Sequence[Tensor]) -> list[Tensor]:
 def launched(
     student, teacher, masks, how: Distance, coef: Tensor, want_grads: bool, backend: str | None, empties=recycled_empties
 ) -> tuple[Tensor, list[Tensor]]:
-    launch = resolve("kv_align", *student, *teacher, backend=backend)
+    # they are on one device, and their rows are dense
+    launch = resolve("kv_align", *{t.dtype: t for t in (*student, *teacher)}.values(), backend=backend)
     grads = empties(student) if want_grads else None
     sums = torch.empty(len(student), dtype=torch.float64, device=coef.device)
     launch(student, teacher, masks, how, coef, sums, grads)
@@ -140,22 +141,21 @@ class _Distances(torch.autograd.Function):
     """Σ coef·sums, or the sums themselves, with the students' gradients computed on the way."""
 
     @staticmethod
-    def forward(ctx, how, coef, each, masks, backend, with_grad, pairs, *tensors):
-        student, teacher = tensors[:pairs], tensors[pairs:]
-        needs = with_grad and any(ctx.needs_input_grad[-2 * pairs : -pairs])
+    def forward(ctx, how, coef, dtype, each, teacher, masks, backend, with_grad, *student):
+        needs = with_grad and any(ctx.needs_input_grad[-len(student) :])
         # fp16 would underflow with 1/n in it: there the factor comes after the upstream one, which holds the loss scale
         late = each or any(s.dtype == torch.float16 for s in student)
         coef = torch.ones_like(coef) if each else coef
         ctx.factor = coef if late else None
-        run = launched if plain_eager(*tensors) else _launched_op
+        run = launched if plain_eager(*student, *teacher) else _launched_op
         sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
         ctx.save_for_backward(*student)
-        ctx.given, ctx.pairs = False, pairs
-        return sums if each else torch.where(coef == 0, 0, sums * coef).sum()
+        ctx.given = False
+        return sums if each else torch.where(coef == 0, 0, sums * coef).sum().to(dtype)
 
     @staticmethod
     def backward(ctx, upstream):
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if ctx.given:
             raise RuntimeError("a second backward through an alignment loss needs retain_graph=True in the first: its gradient is given away")
         keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -167,7 +167,7 @@ class _Distances(torch.autograd.Function):
             grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.saved_tensors)]
         if not keep:
             ctx.grads = ()
-        return *nothing, *grads, *[None] * ctx.pairs
+        return *nothing, *grads
 
 
 def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, keep: bool) -> list[Tensor]:
@@ -175,7 +175,7 @@ def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, ke
     if factor is not None:
         return [g * f if keep else g.mul_(f) for g, f in zip(grads, (upstream * factor).unbind())]
     # on a CPU the usual factor of 1 is seen without waiting for anything
-    if upstream.device.type == "cpu" and plain_eager(upstream) and bool(upstream == 1):
+    if upstream.device.type == "cpu" and plain_eager(upstream) and upstream.item() == 1:
         return [g.clone() if keep else g for g in grads]
     if not keep:
         torch._foreach_mul_(grads, upstream)
@@ -190,13 +190,12 @@ def _launched_op(student, teacher, masks, how: Distance, coef: Tensor, want_grad
 
 
 def distances(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, *,
+    student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, dtype: torch.dtype, *,
     each: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_i coef_i·sums_i as a float64 scalar, or with `each` the sums themselves, float64 [N]; differentiable in the student alone.
+    """Σ_i coef_i·sums_i as a scalar of `dtype`, or with `each` the sums themselves, float64 [N]; differentiable in the student alone.
 
     Arguments as in :func:`reference`, already checked. Attached to the graph of every student, whatever the masks.
     """
-    rows = [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (*student, *teacher)]
-    teacher = [t.detach() for t in rows[len(student) :]]
-    return _Distances.apply(how, coef, each, masks, backend, torch.is_grad_enabled(), len(student), *rows[: len(student)], *teacher)
+    student, teacher = ([t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous() for t in side] for side in (student, teacher))
+    return _Distances.apply(how, coef, dtype, each, teacher, masks, backend, torch.is_grad_enabled(), *student)

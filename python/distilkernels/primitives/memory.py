@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import mmap
 import os
 import sys
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,11 +53,21 @@ def recycled_empties(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     They share a storage, so the buffer waits for the last of them, but are no views: each has its own version.
     """
     line = 64
-    starts = list(itertools.accumulate((-(-t.numel() * t.element_size() // line) * line for t in like), initial=0))
-    if not like or like[0].device.type != "cpu" or starts[-1] < _RECYCLE_FROM or not _COUNTED:
+    forms = [(t.shape, t.dtype) for t in like]
+    counts = Counter(forms)
+    numels = {form: math.prod(form[0]) for form in counts}
+    rooms = {form: max(1, -(-numels[form] * form[1].itemsize // line)) * line for form in counts}
+    nbytes = sum(rooms[form] * n for form, n in counts.items())
+    if not like or like[0].device.type != "cpu" or nbytes < _RECYCLE_FROM or not _COUNTED:
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
-    storage = _recycled("many", starts[-1]).untyped_storage()
-    return [torch.empty(0, dtype=t.dtype).set_(storage, start // t.element_size(), t.shape) for t, start in zip(like, starts)]
+    buffer, start, made = _recycled("many", nbytes), 0, {}
+    for form, n in counts.items():
+        shape, dtype = form
+        stop = start + rooms[form] * n
+        each = buffer[start:stop].view(dtype).view(n, -1)[:, : numels[form]].view(n, *shape).unbind()
+        made[form] = iter([x.data for x in each])  # no longer a view
+        start = stop
+    return [next(made[form]) for form in forms]
 
 
 def release() -> None:
