@@ -40,7 +40,7 @@ def alignment_loss(
             scale: "layer_std" is refused there, "inputs" changes nothing.
         mask: bool [B, M], [B, H, M] or [L, B, H, M], or a sequence with one of the first two (or None) a student layer; True = real.
             Masked elements may hold anything, and empty slots of a :class:`CompressedKV` stay masked. All masked: 0, attached to the graph.
-        layer_weights: one a student layer, floats or a tensor [L].
+        layer_weights: one a student layer, floats or a tensor [L], which gets its gradient if it wants one.
         layer_map: the teacher layer of each student layer, as a sequence, or {student: teacher} for some of them. Default: one to one.
         projections: where heads or widths differ, one linear map a student layer (or a pair, for keys and for values; None: identity)
             of its H·D features to the teacher's H·D: a weight [H_t·D_t, H_s·D_s] or a module. They are trained: they are on the
@@ -52,8 +52,8 @@ def alignment_loss(
         float32 scalar, or [L] for "none" (float64 where a tensor is float64).
 
     Raises:
-        ValueError, TypeError: naming the argument. RuntimeError: a second derivative is asked for. BackendError: `backend`
-        cannot serve these tensors.
+        ValueError, TypeError: naming the argument. RuntimeError: a second derivative is asked for, or a torch.func transform.
+        BackendError: `backend` cannot serve these tensors.
     """
     student, _ = _layers("student", student)
     teacher, teacher_masks = _layers("teacher", teacher)
@@ -363,7 +363,7 @@ def _weights(given, used: list[int], layers: int, device: torch.device) -> list[
     if isinstance(given, Tensor):
         if tuple(given.shape) != (layers,):
             raise ValueError(f"layer_weights must have shape ({layers},), one a student layer; got {tuple(given.shape)}")
-        return given.detach().to(device, torch.float64)[used]
+        return given.to(device, torch.float64)[used]
     given = [1.0] * layers if given is None else _checked_per_layer("layer_weights", given, layers)
     return [float(given[i]) for i in used]
 
@@ -385,5 +385,7 @@ def _at(who: str, hidden: Tensor, positions: Tensor) -> Tensor:
     """Hidden states [B, 1, P, H] at positions [B, P]."""
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and bool((positions >= hidden.shape[1]).any()):
         raise ValueError(f"positions of the {who} must be below its {hidden.shape[1]} tokens; got {int(positions.max())}")
+    if hidden.shape[1] == 0:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))  # attached, for positions that are nowhere
     place = positions.clamp(0, hidden.shape[1] - 1)[..., None].expand(*positions.shape, hidden.shape[2])
     return hidden.gather(1, place)[:, None]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .boundary import Once, plain_eager
+from .boundary import Once, functorch_refused, plain_eager
 from .memory import recycled_empties
 
 LOSSES = ("mse", "l1", "smooth_l1", "cosine")
@@ -138,7 +138,7 @@ def _(student, teacher, masks, masked, loss, beta, normalize, coef, want_grads, 
 
 
 class _Distances(torch.autograd.Function):
-    """Σ coef·sums, or the sums themselves, with the students' gradients computed on the way."""
+    """Σ coef·sums, or the sums themselves, with the students' gradients computed on the way; coef has its own."""
 
     @staticmethod
     def forward(ctx, how, coef, dtype, each, teacher, masks, backend, with_grad, *student):
@@ -151,11 +151,15 @@ class _Distances(torch.autograd.Function):
         sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
         ctx.save_for_backward(*student)
         ctx.given = False
+        # the slope of coef
+        ctx.sums = sums if ctx.needs_input_grad[1] else None
         return sums if each else torch.where(coef == 0, 0, sums * coef).sum().to(dtype)
 
     @staticmethod
     def backward(ctx, upstream):
-        nothing = (None,) * 8
+        coef_grad = None if ctx.sums is None else ctx.sums * upstream
+        if not any(ctx.needs_input_grad[8:]):
+            return None, coef_grad, *(None,) * (6 + len(ctx.saved_tensors))
         if ctx.given:
             raise RuntimeError("a second backward through an alignment loss needs retain_graph=True in the first: its gradient is given away")
         keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -165,9 +169,12 @@ class _Distances(torch.autograd.Function):
             grads = _scaled(ctx.grads, upstream, ctx.factor, keep)
         if twice:
             grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.saved_tensors)]
+            if coef_grad is not None:
+                # which moves with every student
+                coef_grad = Once.apply(coef_grad, next(s for s in ctx.saved_tensors if s.requires_grad), "an alignment loss")
         if not keep:
             ctx.grads = ()
-        return *nothing, *grads
+        return None, coef_grad, *(None,) * 6, *grads
 
 
 def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, keep: bool) -> list[Tensor]:
@@ -193,9 +200,10 @@ def distances(
     student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, dtype: torch.dtype, *,
     each: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_i coef_i·sums_i as a scalar of `dtype`, or with `each` the sums themselves, float64 [N]; differentiable in the student alone.
+    """Σ_i coef_i·sums_i as a scalar of `dtype`, or with `each` the sums themselves, float64 [N]; differentiable in the student and in coef.
 
     Arguments as in :func:`reference`, already checked. Attached to the graph of every student, whatever the masks.
     """
+    functorch_refused("an alignment loss")
     student, teacher = ([t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous() for t in side] for side in (student, teacher))
     return _Distances.apply(how, coef, dtype, each, teacher, masks, backend, torch.is_grad_enabled(), *student)
