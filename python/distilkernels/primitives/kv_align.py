@@ -18,6 +18,7 @@ A pair's elements are its real ones, those of slots whose mask is True. With n o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -149,17 +150,18 @@ class _Distances(torch.autograd.Function):
         ctx.factor = coef if late else None
         run = launched if plain_eager(*student, *teacher) else _launched_op
         sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
-        ctx.save_for_backward(*student)
+        # only to say whose second derivative is refused: their values are not read again
+        ctx.student = student
         ctx.given = False
         # the slope of coef
         ctx.sums = sums if ctx.needs_input_grad[1] else None
-        return sums if each else torch.where(coef == 0, 0, sums * coef).sum().to(dtype)
+        return sums if each else _weighed(sums, coef).to(dtype)
 
     @staticmethod
     def backward(ctx, upstream):
         coef_grad = None if ctx.sums is None else ctx.sums * upstream
         if not any(ctx.needs_input_grad[8:]):
-            return None, coef_grad, *(None,) * (6 + len(ctx.saved_tensors))
+            return None, coef_grad, *(None,) * (6 + len(ctx.student))
         if ctx.given:
             raise RuntimeError("a second backward through an alignment loss needs retain_graph=True in the first: its gradient is given away")
         keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -168,13 +170,22 @@ class _Distances(torch.autograd.Function):
         with torch.no_grad():
             grads = _scaled(ctx.grads, upstream, ctx.factor, keep)
         if twice:
-            grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.saved_tensors)]
+            grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.student)]
             if coef_grad is not None:
                 # which moves with every student
-                coef_grad = Once.apply(coef_grad, next(s for s in ctx.saved_tensors if s.requires_grad), "an alignment loss")
+                coef_grad = Once.apply(coef_grad, next(s for s in ctx.student if s.requires_grad), "an alignment loss")
         if not keep:
-            ctx.grads = ()
+            ctx.grads = ctx.student = ()
         return None, coef_grad, *(None,) * 6, *grads
+
+
+def _weighed(sums: Tensor, coef: Tensor) -> Tensor:
+    """Σ coef·sums, in which a pair of coef 0 may have any sum."""
+    if sums.device.type == "cpu" and plain_eager(sums):
+        total = torch.dot(sums, coef)
+        if math.isfinite(total.item()):
+            return total
+    return torch.where(coef == 0, 0, sums * coef).sum()
 
 
 def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, keep: bool) -> list[Tensor]:
