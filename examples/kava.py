@@ -30,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 import distilkernels as dk
-from distilkernels.kv.compress import Method
+from distilkernels.kv import Method
 
 from . import arithmetic, latent, training
 from .progress import progress

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import distilkernels as dk
-from distilkernels.kv.compress import Method
+from distilkernels.kv import Method
 
 from .arithmetic import ANSWER, LINE, WORDS, Problems
 

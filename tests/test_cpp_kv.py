@@ -8,13 +8,14 @@ import kv_listings as listing
 import pytest
 import test_kv_align as align
 import test_kv_lazy as lazy
+import test_kv_methods as methods
 import test_kv_scores as scores
 import test_kv_select as chosen
 import torch
 from benchmarks.measure import peak_extra_bytes
 
 from distilkernels import kv
-from distilkernels.backends import cpp
+from distilkernels.backends import cpp, cpp_kv
 from distilkernels.primitives.key_redundancy import launched as redundancy
 
 pytestmark = pytest.mark.skipif(cpp._cpp is None, reason="distilkernels._cpp is not built")
@@ -33,7 +34,7 @@ def test_shared_scores(isa):
         scores.test_a_given_lse_saves_a_pass_and_changes_nothing("cpp", "cpu", group_reduce, torch.float32)
     for kind in scores.KINDS:
         scores.test_redundancy_with_padding_and_spans("cpp", "cpu", kind)
-        scores.test_methods_keep_what_their_listings_keep("cpp", "cpu", kind, torch.bfloat16)
+        methods.test_methods_keep_what_their_listings_keep("cpp", "cpu", kind, torch.bfloat16)
     scores.test_large_and_small_16_bit_keys("cpp", "cpu", torch.float16)
     scores.test_any_strides("cpp", "cpu")
     scores.test_the_last_neighbour_rule("cpp", "cpu")
@@ -117,6 +118,29 @@ def test_the_same_bits_whatever_the_threads_and_the_batch(isa, threads):
         assert torch.equal(kv.window_importance(queries[1:], keys[1:], backend="cpp"), attention[1:])
     for others in zip(*found):
         assert all(torch.equal(others[0], x) for x in others[1:])
+
+
+def test_numbers_describe_a_cache_as_well_as_the_tensor_itself(monkeypatch):
+    """PyTorch from 2.10 on describes its tensors to C; what older ones give instead makes the same results."""
+
+    def results():
+        keys = torch.randn(2, 3, 40, 72, generator=torch.Generator().manual_seed(0)).transpose(1, 2)[..., :65]
+        found = []
+        for dtype in DTYPES:
+            x = keys.to(dtype)
+            found += [kv.window_importance(x[:, :, 1:], x, backend="cpp"), kv.key_redundancy(x, mode="rkv", backend="cpp")]
+            found += kv.gather(x, x[..., 3:], torch.tensor([[[1, 2, -1]]] * 2), backend="cpp")
+            found.append(kv.alignment_loss([(x, x)], [(x * 2, x + 1)], normalize="inputs", backend="cpp"))
+        tracker = kv.RecurrenceTracker(alpha=0.5)
+        tracker.update(keys.double(), 3)
+        return [*found, tracker.max_interval]
+
+    described = results()
+    monkeypatch.setattr(cpp_kv, "_EXCHANGED", False)
+    assert cpp._cpp.exchange_by(None) is False and cpp._cpp.exchange_by("no capsule") is False
+    for a, b in zip(described, results()):
+        assert torch.equal(a, b)
+    assert cpp._cpp.exchange_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)) == hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
 
 
 def test_denormals_count_where_numbers_are_moved_or_compared(isa):

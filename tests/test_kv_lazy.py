@@ -147,9 +147,9 @@ def test_opcheck(backend, device):
     torch.library.opcheck(torch.ops.distilkernels.recurrence_update.default, (attention, *state, 3, 0.5, backend))
 
 
-def started(**options) -> kv.RecurrenceTracker:
+def started(steps: int = 1, **options) -> kv.RecurrenceTracker:
     tracker = kv.RecurrenceTracker(**options)
-    tracker.update(torch.rand(1, 4, 5), 4)
+    tracker.update(torch.rand(1, 4, steps, 5), 4)
     return tracker
 
 
@@ -160,6 +160,9 @@ def started(**options) -> kv.RecurrenceTracker:
     (lambda: started().update(torch.ones(4, 5), 5), ValueError, r"attention must have shape \[B, Hq, T\]"),
     (lambda: started().update(torch.ones(1, 4, 4), 5), ValueError, r"attention must cover \(1, 4, 5\) tracked tokens"),
     (lambda: started().update(torch.ones(1, 4, 6), 5.0), TypeError, "step must be an int"),
+    (lambda: started().update(torch.ones(1, 4, 5), 3), ValueError, "step must not go back: the last one taken was 4; got 3"),
+    (lambda: started(steps=3).update(torch.ones(1, 4, 5), 5), ValueError, "step must not go back: the last one taken was 6; got 5"),
+    (lambda: started().keep(torch.tensor([[[0, 5]] * 4])), ValueError, "selection must hold indices below the 5 tokens that are tracked; got 5"),
     (lambda: started(num_heads=0), ValueError, "num_heads must be None or a positive int; got 0"),
     (lambda: started().keep([0]), TypeError, "selection must be a KVSelection"),
     (lambda: started().window(1.5), ValueError, r"quantile must be in \[0, 1\]; got 1.5"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from servers import servers
 
 from distilkernels import BackendError, backends, kv
+from distilkernels.primitives.kv_gather import gather as gather_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -230,10 +231,31 @@ def test_rotation_in_place_and_outside_its_table(backend, device):
     got = kv.gather(keys.clone(), keys.clone(), indices, rotate=rope, inplace=True, backend=backend)[0]
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     # no position is read out of bounds: a key whose position has no angles is zeros
-    source = torch.arange(50, device=device).expand(1, 50).clone()
-    source[0, indices[0, 0, 3]] = -5
-    got = kv.gather(keys, keys, indices, rotate=kv.Rope(rope.inv_freq, source, max_position=60), backend=backend)[0]
-    assert (got[0, 0, 3] == 0).all() and not (got[0, 0, 2] == 0).any()
+    rotation = rope.rotation(indices, 50)
+    for outside in (-5, 50):
+        rotation.source[0, 0, 3] = outside
+        got, _ = gather_rows(keys, keys, indices, rotation, backend=backend)
+        assert (got[0, 0, 3] == 0).all() and not (got[0, 0, 2] == 0).any()
+
+
+def test_positions_outside_are_named():
+    """On a CPU, whose values are there to be read; those of entries that are not kept do not matter."""
+    keys, freq = torch.randn(2, 2, 9, 8), torch.rand(4)
+    indices = torch.tensor([3, 5, -1], dtype=torch.int32).expand(2, 2, 3)
+    turned = lambda **options: kv.gather(keys, keys, indices, rotate=kv.Rope(freq, **options))[0]
+    source = torch.arange(9).expand(2, 9).clone()
+    source[:, 0], source[:, 8] = -7, 900
+    want = turned(source=torch.arange(9).expand(2, 9))
+    assert torch.equal(turned(source=source, max_position=9), want)
+    assert torch.equal(turned(source=source, target=torch.tensor([[0, 0, -1]] * 2)), want)
+    for options, match in (
+        ({"source": source.roll(3, 1)}, "source must hold positions of at least 0 where an entry is kept; got -7"),
+        ({"source": source, "max_position": 5}, "source must hold positions below max_position = 5; got 5"),
+        ({"target": torch.tensor([[4, -1, 0]] * 2)}, "target must hold positions of at least 0 where an entry is kept; got -1"),
+        ({"target": torch.tensor([[4, 64, 0]] * 2), "max_position": 64}, "target must hold positions below max_position = 64; got 64"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            turned(**options)
 
 
 def test_keys_at_new_positions_are_those_of_the_model():

@@ -217,7 +217,9 @@ inline void kv_align(const KvAlign& a, Scratch& scratch, int64_t begin, int64_t 
     for (int64_t item = begin; item < end; ++item) {
         AlignedPair pair{a, a.pairs[item], rows, rows + stride, rows + 2 * stride};
         const double coef = a.coef[item];
-        pair.each_slot([&](int64_t, int64_t b, int64_t h, int64_t m) { pair.slots += pair.p.real(b, h, m); });
+        const Cache& s = pair.p.student;
+        if (pair.p.mask) pair.each_slot([&](int64_t, int64_t b, int64_t h, int64_t m) { pair.slots += pair.p.real(b, h, m); });
+        else pair.slots = s.batch * s.heads * s.length;
         if (pair.p.grad && (coef == 0 || pair.p.mask)) pair.write_zeros(coef == 0);
         switch (a.loss) {
             case Loss::mse: a.sums[item] = align_elements<Loss::mse>(pair, coef); break;

@@ -126,7 +126,8 @@ struct WindowImportance {
     size_t workspace() const;
 
     // Probabilities of a chunk of queries stay in memory until their sums are known: few enough to stay in a core's share of
-    // the cache, and no fewer than make good use of a key that has been read.
+    // the cache, and no fewer than make good use of a key that has been read. So it depends on T: more queries than a chunk has are
+    // summed chunk by chunk, and padding can change the last bits of their sum.
     int64_t chunk() const {
         const int64_t lanes = group_reduce == GroupReduce::max_logits ? 1 : groups();
         const int64_t held = lse ? kMostLanes : kHeld / std::max<int64_t>(1, keys.length * lanes);

@@ -83,6 +83,12 @@ inline void logits_of_tile(const ImportanceOfHead& h, int64_t first, int64_t beg
             for (int64_t g = 0; g < groups; ++g) h.s.products[i * h.s.row_stride + g * h.width + w] = -std::numeric_limits<float>::infinity();
 }
 
+// The larger, NaN where one is: `all` is the second operand, which max gives back where either is NaN.
+template <class V>
+inline typename V::F max_or_nan(typename V::F all, typename V::F x) {
+    return V::select(V::nan(x), x, V::max(x, all));
+}
+
 // e^{l − ref} of a tile's logits in `exps`, ref the maximum so far (or the given lse), left in `tile_ref`; sums go on.
 inline void exponentials_of_tile(const ImportanceOfHead& h, int64_t count, float* exps, float* tile_ref) {
     using V = Float;
@@ -93,7 +99,7 @@ inline void exponentials_of_tile(const ImportanceOfHead& h, int64_t count, float
         for (int64_t i = 0; i < count; ++i)
             for (int64_t w = 0; w < h.width; w += V::width) {
                 F top = V::load(logits + i * stride + w);
-                for (int64_t g = 1; g < h.a.groups(); ++g) top = V::max(top, V::load(logits + i * stride + g * h.width + w));
+                for (int64_t g = 1; g < h.a.groups(); ++g) top = max_or_nan<V>(top, V::load(logits + i * stride + g * h.width + w));
                 V::store(exps + i * h.s.lane_stride + w, top);
             }
         logits = exps;
@@ -145,14 +151,15 @@ inline void reduce_tile(const ImportanceOfHead& h, int64_t begin, int64_t count,
                 F p = V::load(e + at) * V::load(factor + at);
                 for (int64_t g = 1; g < heads; ++g) {
                     const F other = V::load(e + at + g * h.width) * V::load(factor + at + g * h.width);
-                    p = group == GroupReduce::mean_probs ? p + other : V::max(p, other);
+                    p = group == GroupReduce::mean_probs ? p + other : max_or_nan<V>(p, other);
                 }
                 if (h.width - w < V::width) p = V::keep(V::gt(V::set(float(h.width - w)), lane), p);
-                all = largest ? V::max(all, p) : all + p;
+                all = largest ? max_or_nan<V>(all, p) : all + p;
             }
             float& to = out[r * h.a.keys.length + h.s.position[begin + i]];
-            if (largest) to = std::max(to, V::top(all) * h.share);
-            else to += float(V::sum(all)) * h.share;
+            if (!largest) to += float(V::sum(all)) * h.share;
+            else if (V::bits(V::nan(all))) to = std::numeric_limits<float>::quiet_NaN();
+            else if (!std::isnan(to)) to = std::max(to, V::top(all) * h.share);
         }
     }
 }

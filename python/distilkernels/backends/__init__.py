@@ -6,6 +6,7 @@ Every backend is a module with one function per primitive it has, under the prim
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ PRIMITIVES = (
 )
 
 
+@functools.cache
 def module(name: str) -> ModuleType:
     """The backend's module, imported on first use: triton costs most of a second."""
     if name not in ORDER:

@@ -15,6 +15,7 @@ except ImportError:
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 SERVED = ("window_importance", "key_redundancy", "kv_gather", "kv_align", "recurrence_update")
+_EXCHANGED = _cpp is not None and _cpp.exchange_by(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 _FLOAT64_TOO = ("kv_gather", "recurrence_update")
 
 
@@ -50,8 +51,10 @@ def kv_gather(keys: Tensor, values: Tensor, indices: Tensor, rotation, out_keys:
 
 
 def kv_align(student, teacher, masks, how, coef: Tensor, sums: Tensor, grads) -> None:
+    if not _EXCHANGED:
+        student, teacher = ([_cache(t) for t in side] for side in (student, teacher))
     _cpp.kv_align(
-        [_cache(t) for t in student], [_cache(t) for t in teacher], [(0, (0, 0, 0)) if m is None else (m.data_ptr(), m.stride()) for m in masks],
+        student, teacher, [(0, (0, 0, 0)) if m is None else (m.data_ptr(), m.stride()) for m in masks],
         [] if grads is None else [t.data_ptr() for t in grads], LOSSES.index(how.loss), how.beta, NORMALIZE.index(how.normalize), coef.data_ptr(),
         sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -74,5 +77,6 @@ def _counted(start: Tensor, stop: Tensor, mask: Tensor | None) -> tuple[int, int
     return start.data_ptr(), stop.data_ptr(), _pointer(mask)
 
 
-def _cache(t: Tensor) -> tuple:
-    return _DTYPES[t.dtype], t.data_ptr(), (*t.shape, *t.stride()[:3])
+def _cache(t: Tensor) -> Tensor | tuple:
+    """What describes a tensor to C++: itself, or where PyTorch has no interface for that, numbers."""
+    return t if _EXCHANGED else (_DTYPES[t.dtype], t.data_ptr(), (*t.shape, *t.stride()[:3]))

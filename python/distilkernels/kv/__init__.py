@@ -1,7 +1,7 @@
 """Compressed KV caches: score entries, select and gather them, align a student's with them."""
 
 from .align import AppendedKV, alignment_loss, append_latents, diagonal_positions, hidden_alignment_loss
-from .compress import RKV, AttentionOnly, Cached, CompressedKV, CosineOnly, Crop, KaVa, LazyEviction, SnapKV, compress
+from .compress import RKV, AttentionOnly, Cached, CompressedKV, CosineOnly, Crop, KaVa, LazyEviction, Method, SnapKV, compress
 from .lazy import RecurrenceTracker
 from .scores import key_redundancy, window_importance
 from .select import KVSelection, Rope, gather, select
@@ -18,6 +18,7 @@ __all__ = [
     "KVSelection",
     "KaVa",
     "LazyEviction",
+    "Method",
     "RecurrenceTracker",
     "Rope",
     "SnapKV",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..primitives.kv_align import LOSSES, NORMALIZE, Distance, distances
 from .compress import CompressedKV
-from .scores import checked_keys
+from .scores import are_keys, checked_keys
 from .select import Rope, gather
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -40,7 +40,7 @@ def alignment_loss(
             scale: "layer_std" is refused there, "inputs" changes nothing.
         mask: bool [B, M], [B, H, M] or [L, B, H, M], or a sequence with one of the first two (or None) a student layer; True = real.
             Masked elements may hold anything, and empty slots of a :class:`CompressedKV` stay masked. All masked: 0, attached to the graph.
-        layer_weights: one a student layer, floats or a tensor [L].
+        layer_weights: one a student layer, floats or a tensor [L], which gets its gradient if it wants one.
         layer_map: the teacher layer of each student layer, as a sequence, or {student: teacher} for some of them. Default: one to one.
         projections: where heads or widths differ, one linear map a student layer (or a pair, for keys and for values; None: identity)
             of its H·D features to the teacher's H·D: a weight [H_t·D_t, H_s·D_s] or a module. They are trained: they are on the
@@ -52,8 +52,8 @@ def alignment_loss(
         float32 scalar, or [L] for "none" (float64 where a tensor is float64).
 
     Raises:
-        ValueError, TypeError: naming the argument. RuntimeError: a second derivative is asked for. BackendError: `backend`
-        cannot serve these tensors.
+        ValueError, TypeError: naming the argument. RuntimeError: a second derivative is asked for, or a torch.func transform.
+        BackendError: `backend` cannot serve these tensors.
     """
     student, _ = _layers("student", student)
     teacher, teacher_masks = _layers("teacher", teacher)
@@ -62,19 +62,23 @@ def alignment_loss(
     masks = [None] * len(student) if mask is None else _masks(mask, len(student))
     left, right, slots, known = [], [], [], {}
     for s, t in pairs:
-        theirs = teacher[t]
-        ours = _projected(student[s], theirs, projections[s], s)
+        ours, theirs = student[s], teacher[t]
+        if projections[s] is not None:
+            ours = _projected(ours, theirs, projections[s], s)
         for name, a, b in zip(("keys", "values"), ours, theirs):
             if a.shape != b.shape:
                 raise ValueError(
                     f"student layer {s} and teacher layer {t} must have {name} of one shape, or a projection; got {tuple(a.shape)} and {tuple(b.shape)}"
                 )
-        # one mask of all layers is one tensor, so that its real slots are counted once
-        key = id(masks[s]), id(teacher_masks[t]), ours[0].shape
-        if key not in known:
-            given, filled = (_checked_slots(m, ours[0]) for m in (masks[s], teacher_masks[t]))
-            known[key] = filled if given is None else given if filled is None else given & filled
-        slots += [known[key]] * 2
+        real = None
+        if masks[s] is not None or teacher_masks[t] is not None:
+            # one mask of all layers is one tensor, so that its real slots are counted once
+            key = id(masks[s]), id(teacher_masks[t]), ours[0].shape
+            if key not in known:
+                given, filled = (_checked_slots(m, ours[0]) for m in (masks[s], teacher_masks[t]))
+                known[key] = filled if given is None else given if filled is None else given & filled
+            real = known[key]
+        slots += (real, real)
         left += ours
         right += theirs
     weights = _weights(layer_weights, [s for s, _ in pairs], len(student), left[0].device)
@@ -213,14 +217,15 @@ def _aligned(
     """Reduces the distances of `parts` pairs a layer."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    for t in (*student, *teacher):
-        if t.device != student[0].device:
-            raise ValueError(f"all layers must be on one device; got {student[0].device} and {t.device}")
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in (*student, *teacher)) else torch.float32
+    devices, dtypes = ({getattr(t, of) for t in (*student, *teacher)} for of in ("device", "dtype"))
+    if len(devices) > 1:
+        raise ValueError(f"all layers must be on one device; got {' and '.join(sorted(map(str, devices)))}")
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     # a slot's elements, and the parts a layer's mean is over
-    units = [parts * (1 if how.loss == "cosine" else s.shape[-1]) for s in student]
+    units = [parts * (1 if how.loss == "cosine" else s.shape[3]) for s in student]
     if reduction == "none":
-        sums = distances(student, teacher, masks, how, torch.ones(len(student), dtype=torch.float64, device=student[0].device), each=True, backend=backend)
+        ones = torch.ones(len(student), dtype=torch.float64, device=student[0].device)
+        sums = distances(student, teacher, masks, how, ones, torch.float64, each=True, backend=backend)
         return (sums * _inverse(units, student, masks)).view(-1, parts).sum(-1).to(dtype)
     if isinstance(weights, Tensor):
         total = weights.sum() if reduction == "mean" else 1
@@ -229,12 +234,12 @@ def _aligned(
     else:
         total = sum(weights) if reduction == "mean" else 1
         coef = _inverse([u * total / weights[i // parts] if weights[i // parts] else 0 for i, u in enumerate(units)], student, masks)
-    return distances(student, teacher, masks, how, coef, backend=backend).to(dtype)
+    return distances(student, teacher, masks, how, coef, dtype, backend=backend)
 
 
 def _inverse(units: Sequence[float], student: list[Tensor], masks: list[Tensor | None]) -> Tensor:
     """1/(unit·real slots) of each pair, float64, 0 where either is 0: few launches, and one copy to the device."""
-    device, slots = student[0].device, [s.shape[0] * s.shape[1] * s.shape[2] for s in student]
+    device, slots = student[0].device, [s.numel() // max(s.shape[3], 1) for s in student]
     if all(m is None for m in masks):
         return torch.tensor([1 / (u * n) if u * n else 0.0 for u, n in zip(units, slots)], dtype=torch.float64, device=device)
     each = {id(m): m for m in masks if m is not None}
@@ -273,13 +278,15 @@ def _layers(name: str, cache: Any) -> tuple[list[tuple[Tensor, Tensor]], list[Te
     layers, masks = [], []
     for i, item in enumerate(items):
         masks.append(item.selection.mask if isinstance(item, CompressedKV) else None)
-        if not isinstance(item, Sequence) or len(item) < 2:
+        if not isinstance(item, (tuple, list, Sequence)) or len(item) < 2:
             raise TypeError(f"{name}[{i}] must be (keys, values); got {type(item).__name__}")
-        checked_keys(f"{name}[{i}]'s keys", item[0])
-        checked_keys(f"{name}[{i}]'s values", item[1])
-        if item[0].shape[:3] != item[1].shape[:3]:
-            raise ValueError(f"{name}[{i}]'s keys and values must share [B, H, M]; got {tuple(item[0].shape)} and {tuple(item[1].shape)}")
-        layers.append((item[0], item[1]))
+        keys, values = item[0], item[1]
+        if not (are_keys(keys) and are_keys(values)):
+            checked_keys(f"{name}[{i}]'s keys", keys)
+            checked_keys(f"{name}[{i}]'s values", values)
+        if keys.shape != values.shape and keys.shape[:3] != values.shape[:3]:
+            raise ValueError(f"{name}[{i}]'s keys and values must share [B, H, M]; got {tuple(keys.shape)} and {tuple(values.shape)}")
+        layers.append((keys, values))
     return layers, masks
 
 
@@ -356,7 +363,7 @@ def _weights(given, used: list[int], layers: int, device: torch.device) -> list[
     if isinstance(given, Tensor):
         if tuple(given.shape) != (layers,):
             raise ValueError(f"layer_weights must have shape ({layers},), one a student layer; got {tuple(given.shape)}")
-        return given.detach().to(device, torch.float64)[used]
+        return given.to(device, torch.float64)[used]
     given = [1.0] * layers if given is None else _checked_per_layer("layer_weights", given, layers)
     return [float(given[i]) for i in used]
 
@@ -378,5 +385,7 @@ def _at(who: str, hidden: Tensor, positions: Tensor) -> Tensor:
     """Hidden states [B, 1, P, H] at positions [B, P]."""
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and bool((positions >= hidden.shape[1]).any()):
         raise ValueError(f"positions of the {who} must be below its {hidden.shape[1]} tokens; got {int(positions.max())}")
+    if hidden.shape[1] == 0:
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 1))  # attached, for positions that are nowhere
     place = positions.clamp(0, hidden.shape[1] - 1)[..., None].expand(*positions.shape, hidden.shape[2])
     return hidden.gather(1, place)[:, None]

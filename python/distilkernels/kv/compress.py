@@ -15,7 +15,7 @@ from ..primitives.window_importance import score_dtype
 from .lazy import RecurrenceTracker, check_h2
 from .scores import (
     Span,
-    check_lse_shape,
+    check_lse,
     check_queries,
     check_threshold,
     checked_keys,
@@ -208,7 +208,7 @@ class SnapKV:
             "pool": None if self.pool is None else ("avg", self.pool), "causal_window": True, "backend": cached.backend,
         }  # fmt: skip
         if recent.lse is not None:
-            # a span and its lse exclude each other; as a mask it says the same
+            # the span is then everything up to the last real token; as a mask it says the same
             return window_importance(recent.queries, cached.keys, mask=cached.counted, lse=recent.lse, **options)
         return window_importance(recent.queries, cached.keys, span=cached.span, mask=cached.mask, **options)
 
@@ -290,7 +290,7 @@ def compress(
         protect_first: so many first entries are always kept as well (attention sinks).
         order: of the slots, "time" or "score".
         scale: of the logits; default 1/√D.
-        lse: [B, Hq, W] of the same queries, for SnapKV: see :func:`window_importance`.
+        lse: [B, Hq, W] of the same queries, for SnapKV, and not with a span: see :func:`window_importance`.
         rotate, inplace: see :func:`gather`.
         backend: see :func:`window_importance`.
 
@@ -307,7 +307,7 @@ def compress(
         check_queries(queries, keys)
         query_mask = checked_mask("query_mask", query_mask, (queries.shape[0], queries.shape[2]), keys.device)
         if lse is not None:
-            check_lse_shape(lse, tuple(queries.shape[:3]), keys)
+            check_lse(lse, tuple(queries.shape[:3]), span, keys)
         check_heads(method, queries.shape[1], keys.shape[1])
     start, stop = checked_span(span, keys, mask)
     cached = Cached(queries, keys, start, stop, mask, query_mask, scale, lse, backend)

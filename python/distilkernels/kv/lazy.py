@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..primitives.boundary import plain_eager
 from ..primitives.recurrence_update import recurrence
 from .select import KVSelection
 
@@ -57,6 +58,7 @@ class RecurrenceTracker:
         self.alpha, self.num_heads, self.h2, self.backend = float(alpha), num_heads, h2, backend
         self._last = self._interval = None
         self._length = 0
+        self._step: int | None = None  # the last one that was taken
 
     def __len__(self) -> int:
         """T: tokens that are tracked."""
@@ -94,6 +96,9 @@ class RecurrenceTracker:
             attention: probabilities [B, Hq, T] of one query, or [B, Hq, W, T] of the queries of steps step … step + W − 1, over
                 the tokens tracked so far and N new ones at the end, whose own steps are the last N.
             step: int, no smaller than any before.
+
+        Raises:
+            ValueError, TypeError: naming the argument; also for a step before the last that was taken.
         """
         if not isinstance(attention, Tensor) or not attention.is_floating_point():
             raise TypeError(f"attention must be a floating point tensor; got {attention.dtype if isinstance(attention, Tensor) else type(attention).__name__}")
@@ -108,6 +113,9 @@ class RecurrenceTracker:
             raise ValueError(f"attention must have a multiple of num_heads = {heads} query heads; got {query_heads}")
         if self._last is not None and (self._last.shape[:2] != (b, heads) or length < self._length):
             raise ValueError(f"attention must cover {tuple(self.last_seen.shape)} tracked tokens and new ones after them; got {tuple(attention.shape)}")
+        if self._step is not None and step < self._step:
+            raise ValueError(f"step must not go back: the last one taken was {self._step}; got {step}")
+        self._step = int(step) + max(width - 1, 0)
         own = torch.arange(step + width - (length - self._length), step + width, device=attention.device)
         self.append(own.expand(b, heads, -1))
         attention = attention if attention.stride(-1) == 1 or length <= 1 else attention.contiguous()
@@ -118,12 +126,18 @@ class RecurrenceTracker:
         return recurrence_scores(self.last_seen, self.max_interval, int(step), self.h2)
 
     def keep(self, selection: KVSelection | Tensor) -> None:
-        """Forget all but the selected tokens: what is done to the cache. Empty slots track nothing that ever scores."""
+        """Forget all but the selected tokens: what is done to the cache. Empty slots track nothing that ever scores.
+
+        Raises:
+            ValueError: an index is not below T. On a GPU, whose values are not waited for, PyTorch's gather asserts instead.
+        """
         indices = selection.indices if isinstance(selection, KVSelection) else selection
         if not isinstance(indices, Tensor):
             raise TypeError(f"selection must be a KVSelection or an int tensor of indices; got {type(selection).__name__}")
         if indices.dim() != 3 or indices.shape[:2] != self.last_seen.shape[:2]:
             raise ValueError(f"selection must have indices [B, H, M] with [B, H] = {tuple(self.last_seen.shape[:2])}; got {tuple(indices.shape)}")
+        if indices.device.type == "cpu" and plain_eager(indices) and indices.numel() and int(indices.max()) >= self._length:
+            raise ValueError(f"selection must hold indices below the {self._length} tokens that are tracked; got {int(indices.max())}")
         place, empty = indices.clamp(min=0).long(), indices < 0
         kept = [t.gather(2, place).masked_fill_(empty, 0) for t in (self.last_seen, self.max_interval)]
         self._last, self._interval, self._length = *kept, indices.shape[2]

@@ -78,7 +78,9 @@ def scored(
     _one_of("window_reduce", window_reduce, WINDOW_REDUCE)
     pool = _checked_pool(pool)
     if lse is not None:
-        _check_lse(lse, (b, heads, width), group_reduce, span, keys)
+        if group_reduce == "max_logits":
+            raise ValueError("lse cannot serve group_reduce='max_logits': that softmax is over the group's largest logits, not a head's own; leave lse out")
+        check_lse(lse, (b, heads, width), span, keys)
         lse = lse.to(torch.float64 if keys.dtype == torch.float64 else torch.float32).contiguous()
     start, stop = checked_span(span, keys, mask if causal_window else None)
     scale = dim**-0.5 if scale is None else float(scale)
@@ -111,7 +113,7 @@ def key_redundancy(
         mode: "kava" or "rkv".
         span: (start, stop), ints or int tensors [B]: only these keys count. None: all.
         mask: bool [B, T], True = a real token. Others do not count, score 0, and may hold anything.
-        threshold: "rkv": the cosine above which a key is a neighbour, ≥ 0.
+        threshold: "rkv": the cosine above which a key is a neighbour, ≥ 0. No cosine is above 1: then there are no neighbours, duplicates included.
         pad_in_softmax: "kava": masked keys of the span enter the softmax's denominator as exp(0), as in the published listing.
         backend: see :func:`window_importance`.
 
@@ -168,13 +170,19 @@ def counted(keys: Tensor, span: tuple[Tensor, Tensor], mask: Tensor | None) -> T
     return inside if mask is None else inside & mask
 
 
+def are_keys(keys: object) -> bool:
+    """A tensor [B, H, T, D] of a dtype that is served."""
+    return isinstance(keys, Tensor) and keys.dtype in _DTYPES and keys.dim() == 4 and keys.shape[3] > 0
+
+
 def checked_keys(name: str, keys: Tensor) -> None:
+    if are_keys(keys):
+        return
     if not isinstance(keys, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(keys).__name__}")
     if keys.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {keys.dtype}")
-    if keys.dim() != 4 or keys.shape[3] == 0:
-        raise ValueError(f"{name} must have shape [B, H, T, D] with D ≥ 1; got {tuple(keys.shape)}")
+    raise ValueError(f"{name} must have shape [B, H, T, D] with D ≥ 1; got {tuple(keys.shape)}")
 
 
 def check_threshold(threshold: float) -> None:
@@ -237,15 +245,9 @@ def _per_request(name: str, value: int | Tensor, b: int, device: torch.device) -
     return value.contiguous()
 
 
-def _check_lse(lse: Tensor, shape: tuple[int, ...], group_reduce: str, span: Span | None, keys: Tensor) -> None:
-    if group_reduce == "max_logits":
-        raise ValueError("lse cannot serve group_reduce='max_logits': that softmax is over the group's largest logits, not over a head's own; leave lse out")
+def check_lse(lse: Tensor, shape: tuple[int, ...], span: Span | None, keys: Tensor) -> None:
     if span is not None:
         raise ValueError("lse cannot serve a span: it is over every key that the query saw; leave one of them out")
-    check_lse_shape(lse, shape, keys)
-
-
-def check_lse_shape(lse: Tensor, shape: tuple[int, ...], keys: Tensor) -> None:
     if not isinstance(lse, Tensor) or not lse.is_floating_point():
         raise TypeError(f"lse must be a floating point tensor; got {lse.dtype if isinstance(lse, Tensor) else type(lse).__name__}")
     if tuple(lse.shape) != shape or lse.device != keys.device:

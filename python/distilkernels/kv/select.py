@@ -167,6 +167,7 @@ class Rope:
         target: None un-rotates (position 0), "slots" re-rotates to 0…M − 1, or int [B, M] or [B, H, M].
         interleaved: feature pairs are (2i, 2i + 1), as GPT-J has them, else (i, i + R/2), as Llama has them.
         max_position: every position is below it. Needed for position tensors on a GPU, whose maximum would have to be waited for.
+            A position outside [0, max_position) is an error on a CPU; on a GPU, which is not waited for, its key becomes zeros.
 
     Angles are float32 products as transformers makes them, so that keys turned to p′ equal those that a model encodes there. A
     scale on the embedding (YaRN) stays on the key.
@@ -201,8 +202,21 @@ class Rope:
             target = self._expanded("target", self.target, (b, heads, slots)).int().contiguous()
         elif self.target is not None:
             target = torch.arange(slots, dtype=torch.int32, device=indices.device).expand(indices.shape).contiguous()
+        if indices.device.type == "cpu" and plain_eager(indices):
+            for name, given, used in (("source", self.source, source), ("target", self.target, target)):
+                if isinstance(given, Tensor):
+                    self._check(name, used[indices >= 0])
         cos, sin = self._angles(max(length, slots, 1), indices.device)
         return Rotation(cos, sin, source.contiguous(), target, self.interleaved)
+
+    def _check(self, name: str, positions: Tensor) -> None:
+        if not positions.numel():
+            return
+        low, high = map(int, positions.aminmax())
+        if low < 0:
+            raise ValueError(f"{name} must hold positions of at least 0 where an entry is kept; got {low}")
+        if self.max_position is not None and high >= self.max_position:
+            raise ValueError(f"{name} must hold positions below max_position = {self.max_position}; got {high}")
 
     def _expanded(self, name: str, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
         positions = positions[:, None] if positions.dim() == 2 else positions

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def plain_eager(*tensors: torch.Tensor | None, functorch: bool = False) -> bool:
@@ -20,7 +20,7 @@ def plain_eager(*tensors: torch.Tensor | None, functorch: bool = False) -> bool:
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and (functorch or torch._C._functorch.peek_interpreter_stack() is None)
-        and all(type(t) in _PLAIN for t in tensors if t is not None)
+        and _PLAIN.issuperset(map(type, tensors))
     )
 
 

@@ -105,6 +105,8 @@ def redundancy(
 ) -> Redundancy:  # fmt: skip
     """The raw sums and last neighbours of keys [B, H, T, D]; arguments as in :func:`reference`, already checked. Outside any graph."""
     keys = keys.detach()
+    # the cosine of two equal keys is 1 up to its rounding, which must not decide
+    threshold = threshold if threshold < 1 else 2.0
     if plain_eager(keys):
         return launched(keys, start, stop, mask, threshold, sums, neighbours, backend)
     found = iter(_op(keys, start, stop, mask, threshold, sums, neighbours, backend))

@@ -18,6 +18,7 @@ A pair's elements are its real ones, those of slots whose mask is True. With n o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..backends import resolve
-from .boundary import Once, plain_eager
+from .boundary import Once, functorch_refused, plain_eager
 from .memory import recycled_empties
 
 LOSSES = ("mse", "l1", "smooth_l1", "cosine")
@@ -108,7 +109,8 @@ def _empties(like: Sequence[Tensor]) -> list[Tensor]:
 def launched(
     student, teacher, masks, how: Distance, coef: Tensor, want_grads: bool, backend: str | None, empties=recycled_empties
 ) -> tuple[Tensor, list[Tensor]]:
-    launch = resolve("kv_align", *student, *teacher, backend=backend)
+    # they are on one device, and their rows are dense
+    launch = resolve("kv_align", *{t.dtype: t for t in (*student, *teacher)}.values(), backend=backend)
     grads = empties(student) if want_grads else None
     sums = torch.empty(len(student), dtype=torch.float64, device=coef.device)
     launch(student, teacher, masks, how, coef, sums, grads)
@@ -137,25 +139,29 @@ def _(student, teacher, masks, masked, loss, beta, normalize, coef, want_grads, 
 
 
 class _Distances(torch.autograd.Function):
-    """Σ coef·sums, or the sums themselves, with the students' gradients computed on the way."""
+    """Σ coef·sums, or the sums themselves, with the students' gradients computed on the way; coef has its own."""
 
     @staticmethod
-    def forward(ctx, how, coef, each, masks, backend, with_grad, pairs, *tensors):
-        student, teacher = tensors[:pairs], tensors[pairs:]
-        needs = with_grad and any(ctx.needs_input_grad[-2 * pairs : -pairs])
+    def forward(ctx, how, coef, dtype, each, teacher, masks, backend, with_grad, *student):
+        needs = with_grad and any(ctx.needs_input_grad[-len(student) :])
         # fp16 would underflow with 1/n in it: there the factor comes after the upstream one, which holds the loss scale
         late = each or any(s.dtype == torch.float16 for s in student)
         coef = torch.ones_like(coef) if each else coef
         ctx.factor = coef if late else None
-        run = launched if plain_eager(*tensors) else _launched_op
+        run = launched if plain_eager(*student, *teacher) else _launched_op
         sums, ctx.grads = run(student, teacher, masks, how, (coef != 0).double() if late else coef, needs, backend)
-        ctx.save_for_backward(*student)
-        ctx.given, ctx.pairs = False, pairs
-        return sums if each else torch.where(coef == 0, 0, sums * coef).sum()
+        # only to say whose second derivative is refused: their values are not read again
+        ctx.student = student
+        ctx.given = False
+        # the slope of coef
+        ctx.sums = sums if ctx.needs_input_grad[1] else None
+        return sums if each else _weighed(sums, coef).to(dtype)
 
     @staticmethod
     def backward(ctx, upstream):
-        nothing = (None,) * 7
+        coef_grad = None if ctx.sums is None else ctx.sums * upstream
+        if not any(ctx.needs_input_grad[8:]):
+            return None, coef_grad, *(None,) * (6 + len(ctx.student))
         if ctx.given:
             raise RuntimeError("a second backward through an alignment loss needs retain_graph=True in the first: its gradient is given away")
         keep = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
@@ -164,10 +170,22 @@ class _Distances(torch.autograd.Function):
         with torch.no_grad():
             grads = _scaled(ctx.grads, upstream, ctx.factor, keep)
         if twice:
-            grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.saved_tensors)]
+            grads = [Once.apply(g, s, "an alignment loss") if s.requires_grad else None for g, s in zip(grads, ctx.student)]
+            if coef_grad is not None:
+                # which moves with every student
+                coef_grad = Once.apply(coef_grad, next(s for s in ctx.student if s.requires_grad), "an alignment loss")
         if not keep:
-            ctx.grads = ()
-        return *nothing, *grads, *[None] * ctx.pairs
+            ctx.grads = ctx.student = ()
+        return None, coef_grad, *(None,) * 6, *grads
+
+
+def _weighed(sums: Tensor, coef: Tensor) -> Tensor:
+    """Σ coef·sums, in which a pair of coef 0 may have any sum."""
+    if sums.device.type == "cpu" and plain_eager(sums):
+        total = torch.dot(sums, coef)
+        if math.isfinite(total.item()):
+            return total
+    return torch.where(coef == 0, 0, sums * coef).sum()
 
 
 def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, keep: bool) -> list[Tensor]:
@@ -175,7 +193,7 @@ def _scaled(grads: Sequence[Tensor], upstream: Tensor, factor: Tensor | None, ke
     if factor is not None:
         return [g * f if keep else g.mul_(f) for g, f in zip(grads, (upstream * factor).unbind())]
     # on a CPU the usual factor of 1 is seen without waiting for anything
-    if upstream.device.type == "cpu" and plain_eager(upstream) and bool(upstream == 1):
+    if upstream.device.type == "cpu" and plain_eager(upstream) and upstream.item() == 1:
         return [g.clone() if keep else g for g in grads]
     if not keep:
         torch._foreach_mul_(grads, upstream)
@@ -190,13 +208,13 @@ def _launched_op(student, teacher, masks, how: Distance, coef: Tensor, want_grad
 
 
 def distances(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, *,
+    student: Sequence[Tensor], teacher: Sequence[Tensor], masks: Sequence[Tensor | None], how: Distance, coef: Tensor, dtype: torch.dtype, *,
     each: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_i coef_i·sums_i as a float64 scalar, or with `each` the sums themselves, float64 [N]; differentiable in the student alone.
+    """Σ_i coef_i·sums_i as a scalar of `dtype`, or with `each` the sums themselves, float64 [N]; differentiable in the student and in coef.
 
     Arguments as in :func:`reference`, already checked. Attached to the graph of every student, whatever the masks.
     """
-    rows = [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (*student, *teacher)]
-    teacher = [t.detach() for t in rows[len(student) :]]
-    return _Distances.apply(how, coef, each, masks, backend, torch.is_grad_enabled(), len(student), *rows[: len(student)], *teacher)
+    functorch_refused("an alignment loss")
+    student, teacher = ([t if t.is_contiguous() or t.stride(-1) == 1 else t.contiguous() for t in side] for side in (student, teacher))
+    return _Distances.apply(how, coef, dtype, each, teacher, masks, backend, torch.is_grad_enabled(), *student)

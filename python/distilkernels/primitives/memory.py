@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import mmap
 import os
@@ -44,7 +43,7 @@ def recycled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < _RECYCLE_FROM or not _COUNTED:
         return torch.empty(shape, dtype=dtype, device=device)
-    return _recycled("one", nbytes).view(dtype).view(shape)
+    return _recycled("one", nbytes)[:nbytes].view(dtype).view(shape)
 
 
 def recycled_empties(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -53,11 +52,22 @@ def recycled_empties(like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     They share a storage, so the buffer waits for the last of them, but are no views: each has its own version.
     """
     line = 64
-    starts = list(itertools.accumulate((-(-t.numel() * t.element_size() // line) * line for t in like), initial=0))
-    if not like or like[0].device.type != "cpu" or starts[-1] < _RECYCLE_FROM or not _COUNTED:
+    alike: dict[tuple, list[int]] = {}
+    for i, t in enumerate(like):
+        alike.setdefault((t.shape, t.dtype), []).append(i)
+    rooms = [-(-math.prod(shape) * dtype.itemsize // line) * line for shape, dtype in alike]
+    nbytes = sum(room * len(places) for room, places in zip(rooms, alike.values()))
+    if not like or like[0].device.type != "cpu" or nbytes < _RECYCLE_FROM or not _COUNTED:
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
-    storage = _recycled("many", starts[-1]).untyped_storage()
-    return [torch.empty(0, dtype=t.dtype).set_(storage, start // t.element_size(), t.shape) for t, start in zip(like, starts)]
+    # few operations, since none of their code is in a cache behind a kernel
+    buffer, start, made = _recycled("many", nbytes), 0, [None] * len(like)
+    for ((shape, dtype), places), room in zip(alike.items(), rooms):
+        size, strides = dtype.itemsize, [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+        each = buffer.view(dtype).as_strided((len(places), *shape), (room // size, *strides), start // size).unbind()
+        for i, x in zip(places, each):
+            made[i] = x.data  # no longer a view
+        start += room * len(places)
+    return made
 
 
 def release() -> None:
@@ -67,14 +77,14 @@ def release() -> None:
 
 
 def _recycled(use: str, nbytes: int) -> torch.Tensor:
-    """Bytes of the buffer last made for this use, or of a new one."""
+    """The bytes of the buffer last made for this use, or of a new one: `nbytes` or more."""
     with _lock:
         kept = _kept.pop(use, None)
         # two references are ours: the name and getrefcount's argument; a tensor made of the buffer is a third
         if kept is None or not nbytes <= kept.nbytes <= 4 * nbytes or sys.getrefcount(kept) > 2:
             kept = _pages(nbytes, huge=True)
         _kept[use] = kept
-        return torch.from_numpy(kept)[:nbytes]
+        return torch.from_numpy(kept)
 
 
 def _pages(nbytes: int, huge: bool) -> np.ndarray:

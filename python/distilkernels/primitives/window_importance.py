@@ -7,7 +7,8 @@
 ``group_reduce`` "max_logits" takes the maximum of l over the group before the softmax (one softmax a KV head), "max_probs"
 and "mean_probs" reduce p after it, "none" keeps every query head. Bytes: B·Hkv·T·D·itemsize read twice (once with `lse`);
 FLOPs: 2·B·Hq·W·T·D a pass. The two passes are also the two that the cosine sums of :mod:`.key_redundancy` need, so a kernel
-does both from the same reads where `similarity` asks for it.
+does both from the same reads where `similarity` asks for it. How many queries a kernel holds at once may depend on T, and with
+it the last bits of a sum over more of them.
 """
 
 from __future__ import annotations
