@@ -14,8 +14,8 @@ from distilkernels.divergences import JSD, AlphaBeta, SkewForwardKL, SkewReverse
 
 F64 = torch.float64
 DIVERGENCES = tuple(dk.divergences.NAMES)
-# one of each way through the code: sums of both rows, sums and a mixture, blocks of rows
-WAYS = ("reverse_kl", "jsd", "total_variation")
+# one of each way through the code: sums of both rows, sums of a second look, blocks of rows
+WAYS = ("reverse_kl", "jsd", "total_variation", "todi")
 REFUSED = {(d, t) for d in ("reverse_kl", "skew_reverse_kl", "adaptive_kl") for t in ("renormalize_teacher", "drop")}
 
 
@@ -282,7 +282,7 @@ def test_no_gradient_reaches_the_teacher():
     assert not dk.distill_loss(z.detach(), t).requires_grad
 
 
-@pytest.mark.parametrize("divergence", ["jsd", "total_variation"])
+@pytest.mark.parametrize("divergence", ["jsd", "todi"])
 def test_memory_is_flat(divergence):
     """In place nothing of [N, V] is made, and otherwise the gradient alone: the log-softmaxes of the larger case are 2 × 26 MB."""
     v, slack = 50_021, 15e6

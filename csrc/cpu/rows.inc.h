@@ -17,6 +17,21 @@ inline typename V::F exp_clamped(const V&, typename V::F& d) {
     return V::scale(p, octaves);
 }
 
+// e^d − 1 for d ≤ 0, to 1e-7 of itself: what is left of 1 after 2^n − 1 comes from the polynomial without its 1.
+template <class V>
+inline typename V::F expm1_clamped(const V&, typename V::F d) {
+    d = V::clamp(d);
+    const auto octaves = V::octaves(d);
+    const auto f = V::remainder(d, octaves);
+    auto p = V::set(8.312501289e-03f);
+    p = V::fma(p, f, V::set(4.189033157e-02f));
+    p = V::fma(p, f, V::set(1.666711539e-01f));
+    p = V::fma(p, f, V::set(4.999923031e-01f));
+    p = V::fma(p * f, f, f);
+    const auto power = V::scale(V::set(1), octaves);
+    return V::fma(p, power, power - V::set(1));
+}
+
 // Small relative error everywhere: an odd polynomial (4e-9) below 0.625, 1 − 2/(e^{2x} + 1) beyond.
 template <class V>
 inline typename V::F tanh_of(const V& v, typename V::F x) {
