@@ -40,8 +40,9 @@ _KERNEL = (
     "teacher_to_mixture", "student_to_mixture", "teacher_share", "student_share",
 )  # fmt: skip
 
-# Numbers of one block of the reference: a few blocks of float32 in a CPU's cache, or enough to fill a GPU
-_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+# Numbers of one block of the reference: enough to fill a GPU, and on a CPU 1 MB of float32 for each thread. An operation on less is
+# over before its threads have met (PyTorch gives none fewer than 2^15 numbers); on more it comes from memory.
+_BLOCK = {"cpu": 2**18, "cuda": 2**26}
 
 
 class PairStats(NamedTuple):
@@ -113,7 +114,8 @@ class Sides(NamedTuple):
 
 def row_blocks(n: int, numbers: int, device: torch.device, *inner: int):
     """Slices of at most `numbers`-wide rows that a block holds; none crosses a multiple of an `inner` row count."""
-    size = max(1, _BLOCK.get(device.type, 2**22) // max(numbers, 1))
+    whole = _BLOCK.get(device.type, 2**22) * (torch.get_num_threads() if device.type == "cpu" else 1)
+    size = max(1, whole // max(numbers, 1))
     start = 0
     while start < n:
         stop = min([start + size, n] + [(start // i + 1) * i for i in inner if i])
