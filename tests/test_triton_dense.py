@@ -66,6 +66,7 @@ SIDES = {
     "heads": Sides(Head(1.5, -0.7, 9.0, 2041), Head(1.5, 0.9, None), with_t1=True),
     "scaled": Sides(Head(0.7, 1.3, None, None), Head(0.7, 1.0, 11.0), with_t1=True),
 }
+VALID = Sides(Head(valid_vocab=151_669), Head())
 LOOKS = {"plain": ("", "power", "distance"), "heads": ("mixture", "power"), "scaled": ("", "mixture", "distance")}
 DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16))
 
@@ -87,6 +88,8 @@ def test_native_spans_of_a_row(name, dtypes):
     from distilkernels.kernels.pair_stats import forward_launches
 
     (z, t), sides = pair(2057, dtypes), SIDES[name]
+    if sides.student.valid_vocab is not None:
+        z[..., sides.student.valid_vocab :] = t[..., sides.student.valid_vocab :] = math.nan  # read and not used
     w = torch.tensor([0.5, 0.1, 0.9, 1e-4, 0.5, 0.5], dtype=F64)
     for second in LOOKS[name]:
         mixture, sides = w if second else None, sides._replace(second=second)
@@ -115,6 +118,8 @@ def test_native_backward(name, dtypes):
 
     (z, t), sides = pair(2057, dtypes), SIDES[name]
     z, t = z.nan_to_num(0.5, neginf=-40), t.nan_to_num(0.5, neginf=-40)
+    if sides.student.valid_vocab is not None:
+        z[..., sides.student.valid_vocab :] = t[..., sides.student.valid_vocab :] = math.nan  # read and not used
     w = torch.tensor([0.5, 0.1, 0.9, 1e-4, 0.5, 0.5], dtype=F64)
     for second in LOOKS[name]:
         mixture, sides = w if second else None, sides._replace(second=second)
@@ -161,6 +166,10 @@ def test_native_logarithm_near_1():
 # ----------------------------------------------------------------------------------------- ahead of time
 
 
+def sides_named(name, second):
+    return (VALID if name == "valid" else SIDES[name])._replace(second=second)
+
+
 def rows_of(dtypes, vocab):
     return [torch.empty(1, 8192, vocab, dtype=dtype, device="meta") for dtype in dtypes]
 
@@ -169,14 +178,14 @@ def forward_case(dtypes, sides="plain", second="", vocab=QWEN):
     from distilkernels.kernels.pair_stats import forward_launches
 
     w = torch.empty(8192, dtype=F64, device="meta") if second else None
-    return forward_launches(*rows_of(dtypes, vocab), w, SIDES[sides]._replace(second=second), torch.empty(8192, 11, dtype=F64, device="meta"))
+    return forward_launches(*rows_of(dtypes, vocab), w, sides_named(sides, second), torch.empty(8192, 11, dtype=F64, device="meta"))
 
 
 def backward_case(dtypes, sides="plain", second="", vocab=QWEN):
     from distilkernels.kernels.pair_stats import backward_launch
 
     z, t = rows_of(dtypes, vocab)
-    return [backward_launch(z, t, torch.empty(8192, 12, dtype=F64, device="meta"), SIDES[sides], second, z)]
+    return [backward_launch(z, t, torch.empty(8192, 12, dtype=F64, device="meta"), sides_named(sides, second), second, z)]
 
 
 F32, BF16 = (torch.float32,) * 2, (torch.bfloat16,) * 2
@@ -187,6 +196,8 @@ VARIANTS = {
     "forward-mixed-odd": lambda: forward_case(DTYPES[1], "scaled", "mixture", 151_937),
     "power-bfloat16": lambda: forward_case(BF16, second="power")[2:],
     "distance-float32": lambda: forward_case(F32, second="distance")[2:],
+    "forward-valid-columns": lambda: forward_case(BF16, "valid", "mixture"),
+    "backward-valid-columns": lambda: backward_case(BF16, "valid", "mixture"),
     "backward-float32": lambda: backward_case(F32),
     "backward-power": lambda: backward_case(BF16, second="power"),
     "backward-distance-odd": lambda: backward_case(F32, "heads", "distance"),
@@ -201,11 +212,13 @@ VARIANTS = {
 def test_compiles_without_spills(variant, tmp_path, record_property):
     """What the launchers launch at V = 151,936 builds for sm_80, sm_90 and sm_100 without spilling.
 
-    Where the columns are a multiple of 16 it reads 16 bytes at a time.
+    Where the rows' widths are a multiple of 16 it reads 16 bytes at a time, however many columns are valid.
     """
     for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
         if "row" not in launch.kernel.__name__ and "odd" not in variant:
-            assert re.search(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
+            wide = re.findall(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])
+            assert len(wide) >= 2, f"{name}: no 16-byte loads of both rows"
+            assert not re.search(r"ld\.global[\w.:]*\.[bu]16", kernel.asm["ptx"]), f"{name}: some loads are of one entry"
 
 
 # ----------------------------------------------------------------------------------------------- on a device

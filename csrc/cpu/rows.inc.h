@@ -119,9 +119,9 @@ template <class V>
     for (int i = 0; i < 4; ++i) z[i] = V::load(lanes + i * V::width);
 }
 
-// z of columns [c, c + block), −inf on hidden columns and from `end` on.
+// z of columns [c, c + block), −inf on hidden columns and from `end` on; whether there were none.
 template <class V, Map map, class T>
-inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const uint64_t* hidden, const Transform<V, map>& f) {
+inline bool load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const uint64_t* hidden, const Transform<V, map>& f) {
     uint64_t gone = hidden[c / 64] >> (c % 64);
     if (end - c >= block<V>) {
 #pragma GCC unroll 4
@@ -133,7 +133,14 @@ inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end
         gone |= ~uint64_t(0) << (end - c);
     }
     gone &= ~uint64_t(0) >> (64 - block<V>);
-    if (__builtin_expect(gone != 0, 0)) hide<V>(z, gone);
+    if (__builtin_expect(gone != 0, 0)) {
+        // a copy, so that the vectors themselves need no memory
+        typename V::F some[4] = {z[0], z[1], z[2], z[3]};
+        hide<V>(some, gone);
+        for (int i = 0; i < 4; ++i) z[i] = some[i];
+        return false;
+    }
+    return true;
 }
 
 // f(z-type tag) with the vector and element types of a dtype.

@@ -5,7 +5,7 @@ Forward:
     _pair_row_kernel  the spans of a row → its statistics, in double;
     for a second look _second_kernel and _second_row_kernel, the same again when both lse are known.
 Rows are cut into spans of a fixed number of bytes, so a row's bits depend on V and the dtypes, not on N. Loads are of 16 bytes
-where the valid columns are a multiple of 16: the teacher's rows may end with them, so nothing beyond is read.
+where both rows' widths are a multiple of 16, however many columns are valid: what lies behind those is read and not used.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ _MIXTURE, _POWER, _DISTANCE = (tl.constexpr(SECOND.index(name)) for name in ("mi
 
 
 @triton.jit
-def _loaded(line, offs, columns, scale, cap, inv_t, HEAD: tl.constexpr):
-    """z at some columns, −inf beyond the valid ones."""
-    inside = offs < columns
-    z = tempered(untempered(tl.load(line + offs, mask=inside, other=0.0), scale, cap, HEAD), inv_t, HEAD)
-    return tl.where(inside, z, -_INF)
+def _loaded(line, offs, width, columns, scale, cap, inv_t, HEAD: tl.constexpr):
+    """z at some columns of a row of `width`, −inf beyond the valid ones."""
+    z = tempered(untempered(tl.load(line + offs, mask=offs < width, other=0.0), scale, cap, HEAD), inv_t, HEAD)
+    return tl.where(offs < columns, z, -_INF)
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def _gap(weight, gap):
 @triton.jit
 def _pair_kernel(
     logits, teacher, spans,
-    columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
     scale, cap, inv_t, t, their_scale, their_cap,
     HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, T1: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -109,10 +108,10 @@ def _pair_kernel(
     for base in range(start, tl.minimum(start + SPAN, columns), 2 * TILE):
         o0 = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
         o1 = o0 + TILE
-        z0 = _loaded(line, o0, columns, scale, cap, inv_t, HEAD)
-        t0 = _loaded(their_line, o0, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
-        z1 = _loaded(line, o1, columns, scale, cap, inv_t, HEAD)
-        t1 = _loaded(their_line, o1, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        z0 = _loaded(line, o0, vocab, columns, scale, cap, inv_t, HEAD)
+        t0 = _loaded(their_line, o0, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        z1 = _loaded(line, o1, vocab, columns, scale, cap, inv_t, HEAD)
+        t1 = _loaded(their_line, o1, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
         z_top, z_shift, z_decay, z_fall = _moved(z_top, tl.max(tl.maximum(z0, z1), 0))
         t_top, t_shift, t_decay, t_fall = _moved(t_top, tl.max(tl.maximum(t0, t1), 0))
         first = t_top - z_top
@@ -190,7 +189,7 @@ def _pair_row_kernel(spans, out, n_spans, t, T1: tl.constexpr, SPANS: tl.constex
 @triton.jit
 def _second_kernel(
     logits, teacher, shares, out, parts,
-    columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
     scale, cap, inv_t, their_scale, their_cap,
     HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -210,8 +209,8 @@ def _second_kernel(
     to_q, p_r, q_r = to_p, to_p, to_p
     for base in range(start, tl.minimum(start + SPAN, columns), TILE):
         offs = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
-        z = _loaded(line, offs, columns, scale, cap, inv_t, HEAD)
-        t = _loaded(their_line, offs, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        z = _loaded(line, offs, vocab, columns, scale, cap, inv_t, HEAD)
+        t = _loaded(their_line, offs, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
         log_p, log_q = (t - their_lse) - their_low, (z - lse) - lse_low
         if LOOK == _MIXTURE:
             p, q, over_p, over_q, r, counts = mixed(log_p, log_q, w, rest)
@@ -247,7 +246,7 @@ def _second_row_kernel(parts, out, n_spans, SPANS: tl.constexpr):
 @triton.jit
 def _pair_backward_kernel(
     logits, teacher, coef, out,
-    vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, out_stride_o, out_stride_i, n_spans,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, out_stride_o, out_stride_i, n_spans,
     scale, cap, inv_t, t, their_scale, their_cap, slope,
     HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, T1: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -271,7 +270,7 @@ def _pair_backward_kernel(
     w, rest = share.to(tl.float32), (1.0 - share).to(tl.float32)
     a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     e, f, g, h = e.to(tl.float32), f.to(tl.float32), g.to(tl.float32), h.to(tl.float32)
-    readable, theirs = tl.where(live, columns, 0), tl.where(asks, columns, 0)
+    readable, theirs, written = tl.where(live, vocab, 0), tl.where(asks, their_vocab, 0), tl.where(live, columns, 0)
     start = span * SPAN
     for base in range(start, tl.minimum(start + SPAN, vocab), TILE):
         offs = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
@@ -301,7 +300,7 @@ def _pair_backward_kernel(
             grad *= slope * (1.0 - y * y)
         else:
             grad *= slope
-        grad = tl.where(offs < readable, grad, 0.0)
+        grad = tl.where(offs < written, grad, 0.0)
         tl.store(grads + offs, grad.to(out.dtype.element_ty), mask=offs < vocab)
 
 
@@ -313,7 +312,7 @@ def _rows(logits: Tensor, teacher: Tensor, sides: Sides) -> dict[str, object]:
     ours, theirs = head_arguments(sides.student, logits.shape[2]), head_arguments(sides.teacher, teacher.shape[2])
     (stride_o, stride_i), (their_stride_o, their_stride_i) = row_strides(logits), row_strides(teacher)
     return {
-        "logits": logits, "teacher": teacher, "columns": ours["columns"],
+        "logits": logits, "teacher": teacher, "vocab": logits.shape[2], "their_vocab": teacher.shape[2], "columns": ours["columns"],
         "inner_rows": logits.shape[1], "stride_o": stride_o, "stride_i": stride_i,
         "their_inner_rows": teacher.shape[1], "their_stride_o": their_stride_o, "their_stride_i": their_stride_i,
         "scale": ours["scale"], "cap": ours["cap"], "inv_t": ours["inv_t"], "HEAD": ours["HEAD"],
@@ -360,7 +359,7 @@ def backward_launch(
     out_stride_o, out_stride_i = row_strides(out)
     head = sides.student
     arguments = _rows(logits, teacher, sides) | {
-        "coef": coef.contiguous(), "out": out, "vocab": vocab, "out_stride_o": out_stride_o, "out_stride_i": out_stride_i, "n_spans": n_spans,
+        "coef": coef.contiguous(), "out": out, "out_stride_o": out_stride_o, "out_stride_i": out_stride_i, "n_spans": n_spans,
         "t": head.temperature, "slope": head.logit_scale / head.temperature, "T1": sides.with_t1, "LOOK": SECOND.index(second),
         "TILE": 32 * config.num_warps * config.vector_bytes // itemsize, "SPAN": span,
     }  # fmt: skip

@@ -357,9 +357,9 @@ def distill_loss(
         lead, vocab, student_logits.device, sides, divergence=divergence, scale_by_t2=scale_by_t2, token_weights=token_weights, labels=labels,
         ce_weight=ce_weight, ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch, backend=backend,
     )  # fmt: skip
-    teacher = teacher_logits.detach()[..., : task.columns]
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    x, y = rows_of(student_logits), rows_of(teacher)
+    # the teacher's columns beyond the valid ones are not cut off: rows of a whole number of vectors are read by vectors
+    x, y = rows_of(student_logits), rows_of(teacher_logits.detach())
     if inplace_backward:
         checked_inplace(x)
     extra = task.diagnostics(x.detach(), y) if return_stats else None
