@@ -24,10 +24,11 @@ from .primitives.vocab_stats import checked_inplace, checked_logits
 from .primitives.vocab_stats import statistics as row_statistics
 from .row_loss import checked_reduction, checked_weights, denominator, weighted
 
-_MIXTURE = {JSD: lambda d: d.beta, SkewForwardKL: lambda d: d.alpha, SkewReverseKL: lambda d: 1 - d.alpha}
 # what the second look at the rows is for, and the number of each row there
 _SECOND = {
-    **{kind: ("mixture", share) for kind, share in _MIXTURE.items()},
+    JSD: ("mixture", lambda d: d.beta),
+    SkewForwardKL: ("mixture", lambda d: d.alpha),
+    SkewReverseKL: ("mixture", lambda d: 1 - d.alpha),
     AlphaBeta: ("power", lambda d: d.alpha),
     TotalVariation: ("distance", lambda d: 0.0),
 }
