@@ -36,6 +36,14 @@ def inputs(case, dtype):
     return logits, teacher, labels, torch.rand(n, generator=g, dtype=F64) * 0.9 + 0.05
 
 
+def near_ties(logits, teacher, sides):
+    """Entries [N, V] where p and q are so close that float32 may take either for the larger."""
+    z, t = (head._replace(valid_vocab=None).apply(x.double().reshape(-1, x.shape[-1])) for head, x in zip(sides, (logits, teacher)))
+    columns = sides.student.columns(z.shape[1])
+    gap = z[:, :columns].log_softmax(-1) - t[:, :columns].log_softmax(-1)
+    return torch.nn.functional.pad(gap.abs() < 2e-6 * (1 + z[:, :columns].abs()), (0, z.shape[1] - columns))
+
+
 def run(logits, teacher, labels, mixture, sides, backend):
     """(statistics [N, 10], d logits) for an upstream gradient on whatever is finite."""
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -57,9 +65,9 @@ def close(name, got, same_dtype, exact, slack, size=None):
         assert error <= allowed, f"{name}: error {error:.3e} > allowed {allowed:.3e}"
 
 
-def compare(case, dtype, backend, device):
+def compare(case, dtype, backend, device, second="mixture"):
     logits, teacher, labels, mixture = inputs(case, dtype)
-    sides = sides_of(case)
+    sides = sides_of(case)._replace(second=second)
     exact, exact_grad = run(logits.double(), teacher.double(), labels, mixture, sides, "reference")
     same, same_grad = run(logits, teacher, labels, mixture, sides, "reference")
     got, got_grad = run(logits.to(device), teacher.to(device), labels.to(device), mixture.to(device), sides, backend)
@@ -68,6 +76,9 @@ def compare(case, dtype, backend, device):
     for i, name in enumerate(PairStats._fields):
         close(name, got[:, i], same[:, i], exact[:, i], 1e-13 if dtype == F64 else 1e-6, size)
     keep = ~exact.isnan().any(-1).view(logits.shape[:-1])
+    if second == "distance" and case.n:
+        # the sign of what is close has no right answer; a row's other entries have its q in their sum
+        keep = keep & ~near_ties(logits, teacher, sides).any(-1).view(keep.shape)
     # the product of q with a gap of 1e4 is as exact as it
     if case.name == "wide":
         size = exact_grad[keep].abs().max() + 0.1 * size
@@ -92,6 +103,21 @@ def test_statistics_and_gradient(case, backend, device, dtype):
     compare(case, dtype, backend, device)
 
 
+LOOKS = ("prime", "one_column", "masked", "softcap", "valid_vocab")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend,device", servers("pair_stats"))
+@pytest.mark.parametrize("second", ["power", "distance"])
+def test_second_look(second, backend, device, dtype):
+    if backend == "triton" and dtype == F64:
+        return  # refused, above
+    slow = backend == "triton" and device == "cpu"
+    for case in CASES:
+        if case.name in (("softcap", "valid_vocab") if slow else LOOKS):
+            compare(case, dtype, backend, device, second)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("name", ISAS[1:])
 def test_instruction_sets(name, dtype):
@@ -102,6 +128,9 @@ def test_instruction_sets(name, dtype):
         for case in CASES:
             if case.name in ("prime", "one_column", "short", "masked", "wide", "ascending", "block_and_one", "temperature", "softcap", "valid_vocab"):
                 compare(case, dtype, "cpp", "cpu")
+            if case.name in LOOKS:
+                compare(case, dtype, "cpp", "cpu", "power")
+                compare(case, dtype, "cpp", "cpu", "distance")
     finally:
         cpp.set_isa(best)
 
@@ -122,15 +151,21 @@ def test_the_reference_is_the_definition():
         torch.testing.assert_close(a, b, msg=name)
     torch.testing.assert_close(s.forward_kl, (p * (p / q).log()).sum(-1))
     torch.testing.assert_close(s.reverse_kl, (q * (q / p).log()).sum(-1))
+    for share in (w, w + 1, -w):
+        s = PairStats(*pair_stats(z, t, None, share, Sides(Head(), Head(), second="power"), backend="reference").unbind(-1))
+        torch.testing.assert_close(s.power_gap, 1 - (p ** share[:, None] * q ** (1 - share[:, None])).sum(-1))
+    s = PairStats(*pair_stats(z, t, None, w, Sides(Head(), Head(), second="distance"), backend="reference").unbind(-1))
+    torch.testing.assert_close(s.distance, (p - q).abs().sum(-1))
 
 
+@pytest.mark.parametrize("second", ["mixture", "power", "distance"])
 @pytest.mark.parametrize("backend,device", servers("pair_stats"))
-def test_gradcheck(backend, device):
+def test_gradcheck(backend, device, second):
     if backend == "triton" or (device == "cuda" and backend != "reference"):
         return  # float64 is the reference's there
     t = torch.randn(3, 7, dtype=F64, device=device)
     w = torch.tensor([0.01, 0.5, 0.97], dtype=F64, device=device)
-    sides = Sides(Head(1.7, 0.8, 5.0, 6), Head(1.7, 1.2, 4.0), True)
+    sides = Sides(Head(1.7, 0.8, 5.0, 6), Head(1.7, 1.2, 4.0), True, second)
     labels = torch.tensor([2, -1, 5], device=device)
 
     def differentiable(x):
@@ -161,6 +196,36 @@ def test_small_weights_of_a_mixture(backend, device):
         (a,) = torch.autograd.grad(got.sum(), leaf)
         torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=2e-7)
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend,device", servers("pair_stats"))
+def test_powers_and_distances_of_close_and_far_rows(backend, device):
+    """Of rows that differ by 1e-3 the power gap is 1e-7 and right to a part in a thousand; w outside [0, 1]; columns that one side masks."""
+    t = torch.randn(4, 2003, generator=torch.Generator().manual_seed(1)) * 2 + 20
+    z = t + 1e-3 * torch.randn(4, 2003, generator=torch.Generator().manual_seed(2))
+    w = torch.tensor([0.5, 0.1, 0.999, 0.3], dtype=F64)
+    sides = Sides(Head(), Head(), second="power")
+
+    def looked(x, y, share, second, server):
+        stats = pair_stats(x.to(device), y.to(device), None, share.to(device), sides._replace(second=second), backend=server)
+        return PairStats(*stats.cpu().unbind(-1)).power_gap
+
+    exact = looked(z.double(), t.double(), w, "power", "reference")
+    assert 1e-11 < exact.min() and exact.max() < 2e-7
+    if backend != "reference":
+        torch.testing.assert_close(looked(z, t, w, "power", backend), exact, rtol=2e-3, atol=1e-11)
+        equal = looked(z, z, w, "power", backend).abs().max(), looked(z, z, w, "distance", backend).abs().max()
+        assert max(equal) == 0
+    p, q = t.double().softmax(-1), z.double().softmax(-1)
+    torch.testing.assert_close(looked(z, t, w, "distance", backend), (p - q).abs().sum(-1), rtol=3e-4, atol=0)
+    # p²/q where q is e^−100 of p, and where it is 0; 0 where p is
+    z, t = torch.zeros(3, 70), torch.zeros(3, 70)
+    z[0, 3], t[0, 40] = 60.0, 30.0
+    z[1, 5], t[2, 5] = -math.inf, -math.inf
+    found = looked(z, t, torch.full((3,), 2.0, dtype=F64), "power", backend)
+    p, q = t.double().softmax(-1), z.double().softmax(-1)
+    torch.testing.assert_close(found, 1 - (p * p / q).sum(-1), rtol=3e-5, atol=1e-6)
+    assert found[1] == -math.inf
 
 
 @pytest.mark.parametrize("backend,device", servers("pair_stats"))
@@ -230,7 +295,7 @@ def test_in_place_backward(backend, device, layout):
 def test_opcheck(backend, device):
     z, t = torch.randn(2, 3, 29, device=device, requires_grad=True), torch.randn(1, 6, 29, device=device)
     labels, w = torch.tensor([1, -1, 2, 3, 4, 5], device=device), torch.rand(6, dtype=F64, device=device)
-    numbers = (2.0, 28, 1.1, 9.0, 0.9, None, True, backend)
+    numbers = (2.0, 28, 1.1, 9.0, 0.9, None, True, "power", backend)
     torch.library.opcheck(torch.ops.distilkernels.pair_stats.default, (z, t, labels, w, *numbers))
     stats = torch.ops.distilkernels.pair_stats(z.detach(), t, labels, w, *numbers)
     grads = torch.randn(6, 10, dtype=F64, device=device)

@@ -66,6 +66,8 @@ SIDES = {
     "heads": Sides(Head(1.5, -0.7, 9.0, 2041), Head(1.5, 0.9, None), with_t1=True),
     "scaled": Sides(Head(0.7, 1.3, None, None), Head(0.7, 1.0, 11.0), with_t1=True),
 }
+VALID = Sides(Head(valid_vocab=151_669), Head())
+LOOKS = {"plain": ("", "power", "distance"), "heads": ("mixture", "power"), "scaled": ("", "mixture", "distance")}
 DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16))
 
 
@@ -86,8 +88,11 @@ def test_native_spans_of_a_row(name, dtypes):
     from distilkernels.kernels.pair_stats import forward_launches
 
     (z, t), sides = pair(2057, dtypes), SIDES[name]
+    if sides.student.valid_vocab is not None:
+        z[..., sides.student.valid_vocab :] = t[..., sides.student.valid_vocab :] = math.nan  # read and not used
     w = torch.tensor([0.5, 0.1, 0.9, 1e-4, 0.5, 0.5], dtype=F64)
-    for mixture in (None, w):
+    for second in LOOKS[name]:
+        mixture, sides = w if second else None, sides._replace(second=second)
         exact, out = torch.empty(6, 11, dtype=F64), torch.empty(6, 11, dtype=F64, device=DEVICE)
         reference(z.double(), t.double(), mixture, sides, exact)
         on_device = None if mixture is None else mixture.to(DEVICE)
@@ -97,6 +102,8 @@ def test_native_spans_of_a_row(name, dtypes):
         # a NaN stays on its side, but for what both have
         assert not got[4, [1, 5]].isnan().any() and not got[5, [0, 4, 6]].isnan().any()
         assert got[4, [0, 2, 3, 4, 7, 8]].isnan().all() and got[5, [1, 2, 3, 5, 7, 8]].isnan().all()
+        if second == "distance":
+            got[3, 10] = exact[3, 10]  # signs of zeros
         torch.testing.assert_close(got[:4], exact[:4], rtol=2e-5, atol=2e-5)
         if name == "plain":
             # KL of row 3 is 0: what its gap of 30 loses is not 30's rounding
@@ -111,22 +118,28 @@ def test_native_backward(name, dtypes):
 
     (z, t), sides = pair(2057, dtypes), SIDES[name]
     z, t = z.nan_to_num(0.5, neginf=-40), t.nan_to_num(0.5, neginf=-40)
-    for mixture in (None, torch.tensor([0.5, 0.1, 0.9, 1e-4, 0.5, 0.5], dtype=F64)):
+    if sides.student.valid_vocab is not None:
+        z[..., sides.student.valid_vocab :] = t[..., sides.student.valid_vocab :] = math.nan  # read and not used
+    w = torch.tensor([0.5, 0.1, 0.9, 1e-4, 0.5, 0.5], dtype=F64)
+    for second in LOOKS[name]:
+        mixture, sides = w if second else None, sides._replace(second=second)
         out, exact = torch.empty(6, 11, dtype=F64), torch.empty(z.shape, dtype=F64)
         reference(z.double(), t.double(), mixture, sides, out)
         coef = coefficients(torch.cat([out, torch.zeros(6, 2, dtype=F64)], 1), torch.randn(6, 10, dtype=F64), mixture, sides)
         coef[4, 2:7], coef[4, 8:11] = 0, 0
         coef[5, 4:6], coef[5, 8:11], coef[5, 1] = 0, 0, math.nan
-        reference_backward(z.double(), t.double(), coef, sides, mixture is not None, exact)
+        reference_backward(z.double(), t.double(), coef, sides, second, exact)
         x, y = z.clone(), t.clone()
         x[1, 1], y[2] = math.nan, math.nan
         wide = torch.full((2, 3, 2070), math.nan, dtype=z.dtype, device=DEVICE)
         wide[..., :2057] = x
         in_place, fresh = wide[..., :2057], torch.empty_like(z, device=DEVICE)
         for target in (fresh, in_place):
-            backward_launch(in_place, y.to(DEVICE), coef.to(DEVICE), sides, mixture is not None, target, narrow()).run()
+            backward_launch(in_place, y.to(DEVICE), coef.to(DEVICE), sides, second, target, narrow()).run()
         assert torch.equal(fresh, in_place) and wide[..., 2057:].isnan().all()
         step = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}[z.dtype]
+        if second == "distance":
+            fresh[1, 0], exact[1, 0] = 0, 0  # signs of zeros
         torch.testing.assert_close(fresh.double().cpu(), exact, rtol=step, atol=1e-5)
 
 
@@ -153,34 +166,44 @@ def test_native_logarithm_near_1():
 # ----------------------------------------------------------------------------------------- ahead of time
 
 
+def sides_named(name, second):
+    return (VALID if name == "valid" else SIDES[name])._replace(second=second)
+
+
 def rows_of(dtypes, vocab):
     return [torch.empty(1, 8192, vocab, dtype=dtype, device="meta") for dtype in dtypes]
 
 
-def forward_case(dtypes, sides="plain", mixture=False, vocab=QWEN):
+def forward_case(dtypes, sides="plain", second="", vocab=QWEN):
     from distilkernels.kernels.pair_stats import forward_launches
 
-    w = torch.empty(8192, dtype=F64, device="meta") if mixture else None
-    return forward_launches(*rows_of(dtypes, vocab), w, SIDES[sides], torch.empty(8192, 11, dtype=F64, device="meta"))
+    w = torch.empty(8192, dtype=F64, device="meta") if second else None
+    return forward_launches(*rows_of(dtypes, vocab), w, sides_named(sides, second), torch.empty(8192, 11, dtype=F64, device="meta"))
 
 
-def backward_case(dtypes, sides="plain", mixture=False, vocab=QWEN):
+def backward_case(dtypes, sides="plain", second="", vocab=QWEN):
     from distilkernels.kernels.pair_stats import backward_launch
 
     z, t = rows_of(dtypes, vocab)
-    return [backward_launch(z, t, torch.empty(8192, 12, dtype=F64, device="meta"), SIDES[sides], mixture, z)]
+    return [backward_launch(z, t, torch.empty(8192, 12, dtype=F64, device="meta"), sides_named(sides, second), second, z)]
 
 
 F32, BF16 = (torch.float32,) * 2, (torch.bfloat16,) * 2
 VARIANTS = {
     "forward-float32": lambda: forward_case(F32),
-    "mixture-bfloat16": lambda: forward_case(BF16, mixture=True),
-    "mixture-softcap-odd": lambda: forward_case(BF16, "heads", True),
-    "forward-mixed-odd": lambda: forward_case(DTYPES[1], "scaled", True, 151_937),
+    "mixture-bfloat16": lambda: forward_case(BF16, second="mixture"),
+    "mixture-softcap-odd": lambda: forward_case(BF16, "heads", "mixture"),
+    "forward-mixed-odd": lambda: forward_case(DTYPES[1], "scaled", "mixture", 151_937),
+    "power-bfloat16": lambda: forward_case(BF16, second="power")[2:],
+    "distance-float32": lambda: forward_case(F32, second="distance")[2:],
+    "forward-valid-columns": lambda: forward_case(BF16, "valid", "mixture"),
+    "backward-valid-columns": lambda: backward_case(BF16, "valid", "mixture"),
     "backward-float32": lambda: backward_case(F32),
-    "backward-mixture": lambda: backward_case(BF16, mixture=True),
-    "backward-softcap-odd": lambda: backward_case(F32, "heads", True),
-    "backward-mixed-odd": lambda: backward_case(DTYPES[1], "scaled", True, 151_937),
+    "backward-power": lambda: backward_case(BF16, second="power"),
+    "backward-distance-odd": lambda: backward_case(F32, "heads", "distance"),
+    "backward-mixture": lambda: backward_case(BF16, second="mixture"),
+    "backward-softcap-odd": lambda: backward_case(F32, "heads", "mixture"),
+    "backward-mixed-odd": lambda: backward_case(DTYPES[1], "scaled", "mixture", 151_937),
 }
 
 
@@ -189,11 +212,13 @@ VARIANTS = {
 def test_compiles_without_spills(variant, tmp_path, record_property):
     """What the launchers launch at V = 151,936 builds for sm_80, sm_90 and sm_100 without spilling.
 
-    Where the columns are a multiple of 16 it reads 16 bytes at a time.
+    Where the rows' widths are a multiple of 16 it reads 16 bytes at a time, however many columns are valid.
     """
     for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
         if "row" not in launch.kernel.__name__ and "odd" not in variant:
-            assert re.search(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
+            wide = re.findall(r"ld\.global[\w.:]*\.v4\.b32", kernel.asm["ptx"])
+            assert len(wide) >= 2, f"{name}: no 16-byte loads of both rows"
+            assert not re.search(r"ld\.global[\w.:]*\.[bu]16", kernel.asm["ptx"]), f"{name}: some loads are of one entry"
 
 
 # ----------------------------------------------------------------------------------------------- on a device

@@ -92,7 +92,7 @@ void stats_backward(int dtype, Pointer logits, const Shape& shape, const IdNumbe
 
 using PairNumbers = std::tuple<int, Pointer, Shape, HeadNumbers>;  // dtype, data, rows, head of one side
 
-void pairs(const PairNumbers& student, const PairNumbers& teacher, bool with_t1, Pointer mixture, int threads, Pointer out) {
+void pairs(const PairNumbers& student, const PairNumbers& teacher, bool with_t1, int second, Pointer w, int threads, Pointer out) {
     PairStats a;
     a.dtype = DType(std::get<0>(student));
     a.teacher_dtype = DType(std::get<0>(teacher));
@@ -101,13 +101,14 @@ void pairs(const PairNumbers& student, const PairNumbers& teacher, bool with_t1,
     a.head = head(std::get<3>(student));
     a.teacher_head = head(std::get<3>(teacher));
     a.with_t1 = with_t1;
-    a.mixture = at<double>(mixture);
+    a.second = Second(second);
+    a.w = at<double>(w);
     a.out = at<double>(out);
     py::gil_scoped_release release;
     for_items(a, threads, kernels().pair_stats);
 }
 
-void pairs_backward(const PairNumbers& student, const PairNumbers& teacher, Pointer coef, bool with_t1, bool with_mixture, int threads,
+void pairs_backward(const PairNumbers& student, const PairNumbers& teacher, Pointer coef, bool with_t1, int second, int threads,
                     Pointer out, const Shape& out_shape) {
     constexpr size_t itemsize[] = {4, 2, 2, 8};
     PairStatsBackward a;
@@ -117,7 +118,7 @@ void pairs_backward(const PairNumbers& student, const PairNumbers& teacher, Poin
     a.teacher = rows(std::get<1>(teacher), std::get<2>(teacher));
     a.coef = at<double>(coef);
     a.with_t1 = with_t1;
-    a.with_mixture = with_mixture;
+    a.second = Second(second);
     a.head = head(std::get<3>(student));
     a.teacher_head = head(std::get<3>(teacher));
     a.out = rows(out, out_shape);

@@ -154,6 +154,76 @@ struct TwoParts {
     typename V::F before(typename V::F z) const { return (z - high) - low; }
 };
 
+// p^w·q^{1−w} at an entry, from log p and log q. Counted from the larger of the two: the exponent of the smaller takes the gap.
+template <class V>
+struct Powers {
+    using F = typename V::F;
+    F w, rest, nowhere = V::set(-kInf), limit = V::set(std::log(std::numeric_limits<typename V::S>::max())), endless = V::set(kInf);
+
+    explicit Powers(double w) : w(V::set(w)), rest(V::set(1 - w)) {}
+
+    // the exponent of the smaller, and whether there is anything
+    F share(F gap) const { return V::select(V::gt(gap, V::set(0)), rest, w); }
+
+    F at(F log_p, F log_q) const {
+        const F gap = log_p - log_q, top = V::max(log_p, log_q);
+        F log_power = V::fma(-share(gap), V::abs(gap), top);
+        const auto above = V::gt(log_power, limit);
+        return V::keep(V::gt(top, nowhere), V::select(above, endless, exp_clamped(V(), log_power)));
+    }
+
+    // w·p + (1 − w)·q − p^w·q^{1−w}; for w in (0, 1) such that close numbers do not cancel
+    template <bool within>
+    F lack(F log_p, F log_q) const {
+        const F gap = log_p - log_q;
+        F top = V::max(log_p, log_q);
+        const auto counts = V::gt(top, nowhere);
+        const F below = V::keep(counts, -V::abs(gap)), smaller = share(gap), high = exp_clamped(V(), top), drop = expm1_clamped(V(), below);
+        if constexpr (within) return V::keep(counts, high * V::fma(smaller, drop, -expm1_clamped(V(), smaller * below)));
+        return V::keep(counts, V::fma(high * smaller, drop, high) - at(log_p, log_q));
+    }
+};
+
+// |p − q| and q·sign(q − p) at an entry.
+template <class V>
+struct Apart {
+    using F = typename V::F;
+    F distance, signed_q;
+
+    Apart(F log_p, F log_q) {
+        const F gap = log_p - log_q, zero = V::set(0);
+        F top = V::max(log_p, log_q);
+        const F high = exp_clamped(V(), top);
+        const auto counts = V::gt(high, zero), teachers = V::gt(gap, zero), students = V::gt(zero, gap);
+        distance = -(high * expm1_clamped(V(), V::keep(counts, -V::abs(gap))));
+        signed_q = V::select(teachers, distance - high, V::keep(students, high));
+    }
+};
+
+// Σ w·p + (1 − w)·q − p^w·q^{1−w} of a piece, added to `sums`.
+template <class V, bool within>
+void add_powers(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse, double w) {
+    const Powers<V> powers(w);
+    auto lack = V::set(0);
+    for (int64_t c = 0; c < n; c += V::width) {
+        lack = lack + powers.template lack<within>(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
+    }
+    sums[0] += V::sum(lack);
+}
+
+// Σ |p − q| and Σ q·sign(q − p) of a piece, added to the first and last of `sums`.
+template <class V>
+void add_distance(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse) {
+    auto distance = V::set(0), signs = distance;
+    for (int64_t c = 0; c < n; c += V::width) {
+        const Apart<V> at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
+        distance = distance + at.distance;
+        signs = signs + at.signed_q;
+    }
+    sums[0] += V::sum(distance);
+    sums[3] += V::sum(signs);
+}
+
 // Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r of a piece, added to `sums`.
 template <class V>
 void add_mixture(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse, double w) {
@@ -222,14 +292,18 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
         out[5] = p.exp_d / p.exp + p.ref;
         out[6] = !a.with_t1 ? lse : t1 == 0 ? -kInf : t1_ref + std::log(t1);
         std::fill_n(out + 7, 4, ok ? 0.0 : kNaN);
-        if (!a.mixture || !ok) continue;
+        if (a.second == Second::none || !ok) continue;
         // the lse come first; the rows are then still in the second or third level of the cache
         const TwoParts<V> before_q(lse), before_p(teacher_lse);
+        const double w = a.w[r];
+        const auto powers = w > 0 && w < 1 ? add_powers<V, true> : add_powers<V, false>;
         for (int64_t c = 0; c < columns; c += kPiece) {
             const int64_t n = std::min(kPiece, columns - c);
             fill<V>(t, a.teacher_dtype, a.teacher, r, c, n, a.teacher_head);
             fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
-            add_mixture<V>(out + 7, t, z, n, before_p, before_q, a.mixture[r]);
+            if (a.second == Second::mixture) add_mixture<V>(out + 7, t, z, n, before_p, before_q, w);
+            else if (a.second == Second::power) powers(out + 7, t, z, n, before_p, before_q, w);
+            else add_distance<V>(out + 7, t, z, n, before_p, before_q);
         }
     }
 }
@@ -239,11 +313,12 @@ inline void pair_stats(const PairStats& a, Scratch& s, int64_t begin, int64_t en
 }
 
 // A row's coefficients, broadcast.
-template <class V, bool softcap, bool with_t1, bool with_mixture>
+template <class V, bool softcap, bool with_t1, Second second>
 struct PairGradient {
     using F = typename V::F;
     TwoParts<V> lse, teacher, t1;
     F a, b, c, d, e, f, g, h, weight, rest, temperature, over_cap, zero;
+    Powers<V> powers;
     typename V::M with_gap;  // a gap that nothing is asked of may be infinite
 
     PairGradient(const Head& head, const double* coef, double slope)
@@ -263,18 +338,21 @@ struct PairGradient {
           temperature(V::set(head.temperature)),
           over_cap(V::set(softcap ? head.temperature / head.softcap : 0)),
           zero(V::set(0)),
+          powers(coef[11]),
           with_gap(V::gt(V::abs(c), zero)) {}
 
     F at(F z, F t) const {
         F dz = lse.before(z), dt = teacher.before(t);
         const F gap = V::keep(with_gap, dz - dt);
         F p, q, found = zero;
-        if constexpr (with_mixture) {
+        if constexpr (second == Second::mixture) {
             const Mixed<V> m(dt, dz, weight, rest);
             found = V::keep(m.counts, V::fma(f * m.p, m.r, m.q * V::fma(g, m.log_q, h * m.r)));
             p = m.p;
             q = m.q;
         } else {
+            if constexpr (second == Second::power) found = f * powers.at(dt, dz);
+            if constexpr (second == Second::distance) found = f * Apart<V>(dt, dz).signed_q;
             q = exp_clamped(V(), dz);
             p = exp_clamped(V(), dt);
         }
@@ -292,7 +370,7 @@ struct PairGradient {
     }
 };
 
-template <class V, bool softcap, bool with_t1, bool with_mixture, class T>
+template <class V, bool softcap, bool with_t1, Second second, class T>
 void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, int64_t end) {
     using S = typename V::S;
     S *t = s.row<S>(0), *z = s.row<S>(1);
@@ -308,7 +386,7 @@ void pair_gradient_rows(const PairStatsBackward& a, Scratch& s, int64_t begin, i
             std::memset(static_cast<void*>(out), 0, vocab * sizeof(T));
             continue;
         }
-        const PairGradient<V, softcap, with_t1, with_mixture> gradient(a.head, coef, slope);
+        const PairGradient<V, softcap, with_t1, second> gradient(a.head, coef, slope);
         // a row with nothing but its cross-entropy asks nothing of its teacher, which may hold anything
         const bool reads_teacher = coef[4] != 0 || coef[5] != 0 || !std::all_of(coef + 8, coef + 11, zero);
         if (!reads_teacher) std::fill_n(t, kPiece, S(coef[1]));
@@ -340,9 +418,13 @@ inline void pair_stats_backward(const PairStatsBackward& a, Scratch& s, int64_t 
     visit_dtype(a.dtype, [&](auto v, auto t) {
         with(a.head.softcap != 0, [&](auto softcap) {
             with(a.with_t1, [&](auto t1) {
-                with(a.with_mixture, [&](auto mixture) {
-                    pair_gradient_rows<decltype(v), softcap.value, t1.value, mixture.value, decltype(t)>(a, s, begin, end);
-                });
+                const auto run = [&](auto second) { pair_gradient_rows<decltype(v), softcap.value, t1.value, second.value, decltype(t)>(a, s, begin, end); };
+                switch (a.second) {
+                    case Second::none: return run(std::integral_constant<Second, Second::none>());
+                    case Second::mixture: return run(std::integral_constant<Second, Second::mixture>());
+                    case Second::power: return run(std::integral_constant<Second, Second::power>());
+                    case Second::distance: return run(std::integral_constant<Second, Second::distance>());
+                }
             });
         });
     });

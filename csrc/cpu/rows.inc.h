@@ -17,6 +17,21 @@ inline typename V::F exp_clamped(const V&, typename V::F& d) {
     return V::scale(p, octaves);
 }
 
+// e^d − 1 for d ≤ 0, to 1e-7 of itself: what is left of 1 after 2^n − 1 comes from the polynomial without its 1.
+template <class V>
+inline typename V::F expm1_clamped(const V&, typename V::F d) {
+    d = V::clamp(d);
+    const auto octaves = V::octaves(d);
+    const auto f = V::remainder(d, octaves);
+    auto p = V::set(8.312501289e-03f);
+    p = V::fma(p, f, V::set(4.189033157e-02f));
+    p = V::fma(p, f, V::set(1.666711539e-01f));
+    p = V::fma(p, f, V::set(4.999923031e-01f));
+    p = V::fma(p * f, f, f);
+    const auto power = V::scale(V::set(1), octaves);
+    return V::fma(p, power, power - V::set(1));
+}
+
 // Small relative error everywhere: an odd polynomial (4e-9) below 0.625, 1 − 2/(e^{2x} + 1) beyond.
 template <class V>
 inline typename V::F tanh_of(const V& v, typename V::F x) {
@@ -104,9 +119,9 @@ template <class V>
     for (int i = 0; i < 4; ++i) z[i] = V::load(lanes + i * V::width);
 }
 
-// z of columns [c, c + block), −inf on hidden columns and from `end` on.
+// z of columns [c, c + block), −inf on hidden columns and from `end` on; whether there were none.
 template <class V, Map map, class T>
-inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const uint64_t* hidden, const Transform<V, map>& f) {
+inline bool load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end, const uint64_t* hidden, const Transform<V, map>& f) {
     uint64_t gone = hidden[c / 64] >> (c % 64);
     if (end - c >= block<V>) {
 #pragma GCC unroll 4
@@ -118,7 +133,14 @@ inline void load_block(typename V::F (&z)[4], const T* x, int64_t c, int64_t end
         gone |= ~uint64_t(0) << (end - c);
     }
     gone &= ~uint64_t(0) >> (64 - block<V>);
-    if (__builtin_expect(gone != 0, 0)) hide<V>(z, gone);
+    if (__builtin_expect(gone != 0, 0)) {
+        // a copy, so that the vectors themselves need no memory
+        typename V::F some[4] = {z[0], z[1], z[2], z[3]};
+        hide<V>(some, gone);
+        for (int i = 0; i < 4; ++i) z[i] = some[i];
+        return false;
+    }
+    return true;
 }
 
 // f(z-type tag) with the vector and element types of a dtype.

@@ -133,15 +133,20 @@ constexpr int64_t kPiece = 2048;
 constexpr int64_t kPairStats = 11;
 constexpr int64_t kPairCoefficients = 12;
 
+// What the second look at both rows is for.
+enum class Second : int { none, mixture, power, distance };
+
 // out [N, 11]: lse, teacher_lse, teacher_gap, student_gap, expected_logit, teacher_expected_logit, lse_t1 (lse itself unless
-// `with_t1`), teacher_to_mixture, student_to_mixture, Σ p·r, Σ q·r (zeros unless there is a `mixture`, [N]).
+// `with_t1`), and of the second look, `w` [N], teacher_to_mixture, student_to_mixture, Σ p·r, Σ q·r; or Σ w·p + (1 − w)·q −
+// p^w·q^{1−w}; or Σ |p − q|, 0, 0, Σ q·sign(q − p). What is not asked for is zero.
 // Both sides are double or neither is; their rows may be split differently, `head.columns` holds for both.
 struct PairStats {
     DType dtype, teacher_dtype;
     Rows logits, teacher;
     Head head, teacher_head;
     bool with_t1;
-    const double* mixture;
+    Second second;
+    const double* w;
     double* out;
 
     int64_t items() const { return logits.count(); }
@@ -153,7 +158,8 @@ struct PairStatsBackward {
     DType dtype, teacher_dtype;
     Rows logits, teacher;
     const double* coef;
-    bool with_t1, with_mixture;
+    bool with_t1;
+    Second second;
     Head head, teacher_head;
     Rows out;
 

@@ -33,6 +33,8 @@ inline double exp_clamped(const Double&, double& d) {
     return std::exp(d);
 }
 
+inline double expm1_clamped(const Double&, double d) { return std::expm1(d); }
+
 inline double tanh_of(const Double&, double x) { return std::tanh(x); }
 
 inline double log_of(const Double&, double x) { return std::log(x); }

@@ -19,8 +19,31 @@ struct Sums {
     bool nan = false;
 };
 
+template <class V>
+inline void add_finite(const typename V::F (&z)[4], typename V::F& sums, int64_t& count) {
+    for (int i = 0; i < 4; ++i) {
+        const auto finite = V::finite(z[i]);
+        count -= V::width - __builtin_popcount(V::bits(finite));
+        sums = sums + V::keep(finite, z[i]);
+    }
+}
+
+// The sum and the number of the finite z of [begin, end).
+template <class V, Map map, class T>
+[[gnu::noinline]] void sum_finite(const T* x, int64_t begin, int64_t end, const uint64_t* hidden, const Transform<V, map>& f, Sums& out) {
+    typename V::F sums = V::set(0);
+    out.finite = (end - begin + block<V> - 1) / block<V> * block<V>;
+    for (int64_t c = begin; c < end; c += block<V>) {
+        typename V::F z[4];
+        load_block<V, map>(z, x, c, end, hidden, f);
+        add_finite<V>(z, sums, out.finite);
+    }
+    out.sum = V::sum(sums);
+}
+
+// Not inlined: among the rest of a row's work the loop would be short of registers.
 template <class V, bool signals, Map map, class T>
-inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* hidden, const Transform<V, map>& f, double ref, double bar) {
+[[gnu::noinline]] Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* hidden, const Transform<V, map>& f, double ref, double bar) {
     using F = typename V::F;
     const F reference = V::set(ref), zero = V::set(0), one = V::set(1), threshold = V::set(bar);
     F exps[4] = {zero, zero, zero, zero}, exp_ds[4] = {zero, zero, zero, zero};
@@ -29,7 +52,7 @@ inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* 
     if constexpr (signals) out.finite = (end - begin + block<V> - 1) / block<V> * block<V>;
     for (int64_t c = begin; c < end; c += block<V>) {
         F z[4];
-        load_block<V, map>(z, x, c, end, hidden, f);
+        const bool whole = load_block<V, map>(z, x, c, end, hidden, f);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             F d = z[i] - reference;
@@ -43,23 +66,16 @@ inline Sums sweep_chunk(const T* x, int64_t begin, int64_t end, const uint64_t* 
             if (V::bits(V::gt(highest, threshold))) {
                 for (int i = 0; i < 4; ++i) above = above + V::keep(V::gt(z[i], threshold), one);
             }
-            const F four = (z[0] + z[1]) + (z[2] + z[3]);
-            constexpr unsigned all = (1u << V::width) - 1;
-            if (__builtin_expect(V::bits(V::finite(four)) == all, 1)) {
-                sums = sums + four;
-            } else {
-                for (int i = 0; i < 4; ++i) {
-                    const auto finite = V::finite(z[i]);
-                    out.finite -= V::width - __builtin_popcount(V::bits(finite));
-                    sums = sums + V::keep(finite, z[i]);
-                }
-            }
+            if (__builtin_expect(whole, 1)) sums = sums + ((z[0] + z[1]) + (z[2] + z[3]));
+            else add_finite<V>(z, sums, out.finite);
         }
     }
     out.exp = V::sum((exps[0] + exps[1]) + (exps[2] + exps[3]));
     if constexpr (signals) {
         out.exp_d = V::sum((exp_ds[0] + exp_ds[1]) + (exp_ds[2] + exp_ds[3]));
         out.sum = V::sum(sums);
+        // an infinity or a NaN is seen in the sum alone: then the chunk is read again
+        if (!std::isfinite(out.sum)) sum_finite<V, map>(x, begin, end, hidden, f, out);
         out.above = int64_t(V::sum(above));
         out.top = V::top(top);
     }
@@ -73,10 +89,8 @@ template <class V, Map map, class T>
     for (int64_t c = begin; c < end; c += block<V>) {
         typename V::F z[4];
         load_block<V, map>(z, x, c, end, hidden, f);
-        for (int i = 0; i < 4; ++i) {
-            if (V::bits(V::nan(z[i]))) return kNaN;
-            top = V::max(z[i], top);
-        }
+        if (V::bits(V::nan(z[0])) | V::bits(V::nan(z[1])) | V::bits(V::nan(z[2])) | V::bits(V::nan(z[3]))) return kNaN;
+        top = V::max(V::max(V::max(z[0], z[1]), V::max(z[2], z[3])), top);
     }
     return V::top(top);
 }
@@ -133,8 +147,10 @@ int64_t first_at_least(const T* x, int64_t begin, int64_t columns, const uint64_
     for (int64_t c = begin; c < columns; c += block<V>) {
         typename V::F z[4];
         load_block<V, map>(z, x, c, columns, hidden, f);
+        constexpr unsigned all = (1u << V::width) - 1;
+        if (V::bits(V::gt(bar, V::max(V::max(z[0], z[1]), V::max(z[2], z[3])))) == all) continue;
         for (int i = 0; i < 4; ++i) {
-            const unsigned below = V::bits(V::gt(bar, z[i])), all = (1u << V::width) - 1;
+            const unsigned below = V::bits(V::gt(bar, z[i]));
             if (below != all) return c + i * V::width + __builtin_ctz(~below);
         }
     }

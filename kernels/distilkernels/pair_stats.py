@@ -1,11 +1,11 @@
-"""``pair_stats`` in Triton: one read of both rows forward (two with a mixture), one read and one write backward.
+"""``pair_stats`` in Triton: one read of both rows forward (two with a second look), one read and one write backward.
 
 Forward:
     _pair_kernel      a span of both rows → sums relative to the span's own maxima;
     _pair_row_kernel  the spans of a row → its statistics, in double;
-    with a mixture _mixture_kernel and _mixture_row_kernel, the same again when both lse are known.
+    for a second look _second_kernel and _second_row_kernel, the same again when both lse are known.
 Rows are cut into spans of a fixed number of bytes, so a row's bits depend on V and the dtypes, not on N. Loads are of 16 bytes
-where the valid columns are a multiple of 16: the teacher's rows may end with them, so nothing beyond is read.
+where both rows' widths are a multiple of 16, however many columns are valid: what lies behind those is read and not used.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..primitives.pair_stats import Sides
+from ..primitives.pair_stats import SECOND, Sides
 from .head import _SOFTCAP, Launch, exp, head_arguments, on_device_of, row_offset, row_strides, tempered, untempered
+from .pair_entries import apart, mixed, powers, two_parts
 from .vocab_stats import _FAR, _INF, _NAN, _fold, _weighted
 
 
@@ -45,18 +46,19 @@ _FIELDS = tl.constexpr(10)
 _TOP, _SUM, _MOMENT, _GAP = (tl.constexpr(i) for i in range(4))
 _TEACHERS, _BETWEEN, _SUM_T1 = tl.constexpr(4), tl.constexpr(8), tl.constexpr(9)
 # columns of the primitive's output and of the backward's coefficients
-_OUT, _COEF, _MIXTURE = tl.constexpr(11), tl.constexpr(12), tl.constexpr(7)
+_OUT, _COEF, _LOOKED = tl.constexpr(11), tl.constexpr(12), tl.constexpr(7)
+# what the second look is for
+_MIXTURE, _POWER, _DISTANCE = (tl.constexpr(SECOND.index(name)) for name in ("mixture", "power", "distance"))
 
 
 # ---------------------------------------------------------------------------------------------- device
 
 
 @triton.jit
-def _loaded(line, offs, columns, scale, cap, inv_t, HEAD: tl.constexpr):
-    """z at some columns, −inf beyond the valid ones."""
-    inside = offs < columns
-    z = tempered(untempered(tl.load(line + offs, mask=inside, other=0.0), scale, cap, HEAD), inv_t, HEAD)
-    return tl.where(inside, z, -_INF)
+def _loaded(line, offs, width, columns, scale, cap, inv_t, HEAD: tl.constexpr):
+    """z at some columns of a row of `width`, −inf beyond the valid ones."""
+    z = tempered(untempered(tl.load(line + offs, mask=offs < width, other=0.0), scale, cap, HEAD), inv_t, HEAD)
+    return tl.where(offs < columns, z, -_INF)
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def _gap(weight, gap):
 @triton.jit
 def _pair_kernel(
     logits, teacher, spans,
-    columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
     scale, cap, inv_t, t, their_scale, their_cap,
     HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, T1: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
@@ -106,10 +108,10 @@ def _pair_kernel(
     for base in range(start, tl.minimum(start + SPAN, columns), 2 * TILE):
         o0 = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
         o1 = o0 + TILE
-        z0 = _loaded(line, o0, columns, scale, cap, inv_t, HEAD)
-        t0 = _loaded(their_line, o0, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
-        z1 = _loaded(line, o1, columns, scale, cap, inv_t, HEAD)
-        t1 = _loaded(their_line, o1, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        z0 = _loaded(line, o0, vocab, columns, scale, cap, inv_t, HEAD)
+        t0 = _loaded(their_line, o0, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        z1 = _loaded(line, o1, vocab, columns, scale, cap, inv_t, HEAD)
+        t1 = _loaded(their_line, o1, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
         z_top, z_shift, z_decay, z_fall = _moved(z_top, tl.max(tl.maximum(z0, z1), 0))
         t_top, t_shift, t_decay, t_fall = _moved(t_top, tl.max(tl.maximum(t0, t1), 0))
         first = t_top - z_top
@@ -157,7 +159,7 @@ def _joined(record, live, distance):
 
 @triton.jit
 def _pair_row_kernel(spans, out, n_spans, t, T1: tl.constexpr, SPANS: tl.constexpr):
-    """The statistics of one row in double; those of a mixture are written as if none was asked for."""
+    """The statistics of one row in double; those of a second look are written as if none was asked for."""
     row = tl.program_id(0).to(tl.int64)
     span = tl.arange(0, SPANS)
     live = span < n_spans
@@ -181,74 +183,48 @@ def _pair_row_kernel(spans, out, n_spans, t, T1: tl.constexpr, SPANS: tl.constex
     tl.store(out + 6, lse_t1)
     nothing = tl.where(bad, _NAN, 0.0).to(tl.float64)
     for i in tl.static_range(4):
-        tl.store(out + _MIXTURE + i, nothing)
+        tl.store(out + _LOOKED + i, nothing)
 
 
 @triton.jit
-def _two_parts(x):
-    """A double as two floats whose sum it is: (z − high) − low is exact near x."""
-    high = x.to(tl.float32)
-    low = (x - high).to(tl.float32)
-    return high, tl.where((high > -_INF) & (high < _INF), low, 0.0)
-
-
-@triton.jit
-def _log(x):
-    """log of x in (0, 1]; near 1, where the device's own is exact to 2⁻²² of 1 and not of the result, by its series."""
-    s = (x - 1.0) / (x + 1.0)
-    a = s * s
-    series = 2.0 * s * (1.0 + a * (1.0 / 3 + a * (1.0 / 5 + a * (1.0 / 7))))
-    return tl.where(x > 0.75, series, tl.log(x))
-
-
-@triton.jit
-def _mixed(log_p, log_q, w, rest):
-    """p, q, log p/m, log q/m, r = (1 − w)·q/m of m = w·p + (1 − w)·q, and where it is not 0; counted from the larger of the two."""
-    gap = log_p - log_q
-    teachers = gap > 0
-    high = exp(tl.maximum(log_p, log_q))
-    counts = high > 0
-    below = tl.where(counts, tl.maximum(-tl.abs(gap), _FAR), 0.0)
-    ratio = exp(below)
-    share, other = tl.where(teachers, w, rest), tl.where(teachers, rest, w)
-    mass = share + other * ratio
-    log_mass = _log(mass)
-    low = high * ratio
-    p, q = tl.where(teachers, high, low), tl.where(teachers, low, high)
-    to_p, to_q = tl.where(teachers, 0.0, below) - log_mass, tl.where(teachers, below, 0.0) - log_mass
-    return p, q, to_p, to_q, rest * tl.where(teachers, ratio, 1.0) / mass, counts
-
-
-@triton.jit
-def _mixture_kernel(
-    logits, teacher, mixture, out, parts,
-    columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
+def _second_kernel(
+    logits, teacher, shares, out, parts,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, n_spans,
     scale, cap, inv_t, their_scale, their_cap,
-    HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
+    HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r of one span."""
+    """Of one span Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r; or what powers lack; or Σ |p − q| and, last, Σ q·sign(q − p)."""
     program = tl.program_id(0)
     span = program % n_spans
     row = program // n_spans
     line = logits + row_offset(row, inner_rows, stride_o, stride_i)
     their_line = teacher + row_offset(row, their_inner_rows, their_stride_o, their_stride_i)
     row = row.to(tl.int64)
-    lse, lse_low = _two_parts(tl.load(out + row * _OUT))
-    their_lse, their_low = _two_parts(tl.load(out + row * _OUT + 1))
-    share = tl.load(mixture + row)
+    lse, lse_low = two_parts(tl.load(out + row * _OUT))
+    their_lse, their_low = two_parts(tl.load(out + row * _OUT + 1))
+    share = tl.load(shares + row)
     w, rest = share.to(tl.float32), (1.0 - share).to(tl.float32)
     start = span * SPAN
     to_p = tl.zeros([TILE // VECTOR], tl.float32)
     to_q, p_r, q_r = to_p, to_p, to_p
     for base in range(start, tl.minimum(start + SPAN, columns), TILE):
         offs = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
-        z = _loaded(line, offs, columns, scale, cap, inv_t, HEAD)
-        t = _loaded(their_line, offs, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
-        p, q, over_p, over_q, r, counts = _mixed((t - their_lse) - their_low, (z - lse) - lse_low, w, rest)
-        to_p += _fold(tl.where(counts, p * over_p, 0.0), VECTOR)
-        to_q += _fold(tl.where(counts, q * over_q, 0.0), VECTOR)
-        p_r += _fold(tl.where(counts, p * r, 0.0), VECTOR)
-        q_r += _fold(tl.where(counts, q * r, 0.0), VECTOR)
+        z = _loaded(line, offs, vocab, columns, scale, cap, inv_t, HEAD)
+        t = _loaded(their_line, offs, their_vocab, columns, their_scale, their_cap, inv_t, THEIR_HEAD)
+        log_p, log_q = (t - their_lse) - their_low, (z - lse) - lse_low
+        if LOOK == _MIXTURE:
+            p, q, over_p, over_q, r, counts = mixed(log_p, log_q, w, rest)
+            to_p += _fold(tl.where(counts, p * over_p, 0.0), VECTOR)
+            to_q += _fold(tl.where(counts, q * over_q, 0.0), VECTOR)
+            p_r += _fold(tl.where(counts, p * r, 0.0), VECTOR)
+            q_r += _fold(tl.where(counts, q * r, 0.0), VECTOR)
+        elif LOOK == _POWER:
+            _, lack = powers(log_p, log_q, w, rest)
+            to_p += _fold(lack, VECTOR)
+        else:
+            distance, signed = apart(log_p, log_q)
+            to_p += _fold(distance, VECTOR)
+            q_r += _fold(signed, VECTOR)
     parts += (row * n_spans + span) * 4
     tl.store(parts, tl.sum(to_p.to(tl.float64), 0))
     tl.store(parts + 1, tl.sum(to_q.to(tl.float64), 0))
@@ -257,12 +233,12 @@ def _mixture_kernel(
 
 
 @triton.jit
-def _mixture_row_kernel(parts, out, n_spans, SPANS: tl.constexpr):
+def _second_row_kernel(parts, out, n_spans, SPANS: tl.constexpr):
     """The spans' sums, added to the zeros (or NaN) that _pair_row_kernel wrote."""
     row = tl.program_id(0).to(tl.int64)
     span = tl.arange(0, SPANS)
     parts += (row * n_spans + span) * 4
-    out += row * _OUT + _MIXTURE
+    out += row * _OUT + _LOOKED
     for i in tl.static_range(4):
         tl.store(out + i, tl.load(out + i) + tl.sum(tl.load(parts + i, mask=span < n_spans, other=0.0), 0))
 
@@ -270,9 +246,9 @@ def _mixture_row_kernel(parts, out, n_spans, SPANS: tl.constexpr):
 @triton.jit
 def _pair_backward_kernel(
     logits, teacher, coef, out,
-    vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, out_stride_o, out_stride_i, n_spans,
+    vocab, their_vocab, columns, inner_rows, stride_o, stride_i, their_inner_rows, their_stride_o, their_stride_i, out_stride_o, out_stride_i, n_spans,
     scale, cap, inv_t, t, their_scale, their_cap, slope,
-    HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, T1: tl.constexpr, MIXTURE: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
+    HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, T1: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """One span of a row of d logits; the formula is that of primitives/pair_stats.py."""
     program = tl.program_id(0)
@@ -288,13 +264,13 @@ def _pair_backward_kernel(
     # what nothing is asked of is read as zeros about a reference of zero: it may hold NaN
     asks = (c != 0) | (d != 0) | (f != 0) | (g != 0) | (h != 0)
     live = asks | (a != 0) | (b != 0) | (e != 0)
-    lse, lse_low = _two_parts(tl.where(live, tl.load(coef), 0.0))
-    their_lse, their_low = _two_parts(tl.where(asks, tl.load(coef + 1), 0.0))
-    lse_t1, low_t1 = _two_parts(tl.where(live, tl.load(coef + 7), 0.0))
+    lse, lse_low = two_parts(tl.where(live, tl.load(coef), 0.0))
+    their_lse, their_low = two_parts(tl.where(asks, tl.load(coef + 1), 0.0))
+    lse_t1, low_t1 = two_parts(tl.where(live, tl.load(coef + 7), 0.0))
     w, rest = share.to(tl.float32), (1.0 - share).to(tl.float32)
     a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     e, f, g, h = e.to(tl.float32), f.to(tl.float32), g.to(tl.float32), h.to(tl.float32)
-    readable, theirs = tl.where(live, columns, 0), tl.where(asks, columns, 0)
+    readable, theirs, written = tl.where(live, vocab, 0), tl.where(asks, their_vocab, 0), tl.where(live, columns, 0)
     start = span * SPAN
     for base in range(start, tl.minimum(start + SPAN, vocab), TILE):
         offs = tl.multiple_of(base, TILE) + tl.arange(0, TILE)
@@ -304,12 +280,18 @@ def _pair_backward_kernel(
         log_p = (tempered(y1, inv_t, THEIR_HEAD) - their_lse) - their_low
         # a gap that nothing is asked of may be infinite
         gap = tl.where(c != 0, log_q - log_p, 0.0)
-        if MIXTURE:
-            p, q, _, over_q, r, counts = _mixed(log_p, log_q, w, rest)
+        if LOOK == _MIXTURE:
+            p, q, _, over_q, r, counts = mixed(log_p, log_q, w, rest)
             grad = tl.where(counts, f * p * r + q * (g * over_q + h * r), 0.0)
         else:
             p, q = exp(log_p), exp(log_q)
             grad = tl.zeros([TILE], tl.float32)
+            if LOOK == _POWER:
+                power, _ = powers(log_p, log_q, w, rest)
+                grad = tl.where(f != 0, f * power, 0.0)
+            elif LOOK == _DISTANCE:
+                _, signed = apart(log_p, log_q)
+                grad = f * signed
         grad += tl.where(q > 0, q * (a + b * log_q + c * gap), 0.0) + d * p
         if T1:
             grad += e * exp((x1 - lse_t1) - low_t1)
@@ -318,7 +300,7 @@ def _pair_backward_kernel(
             grad *= slope * (1.0 - y * y)
         else:
             grad *= slope
-        grad = tl.where(offs < readable, grad, 0.0)
+        grad = tl.where(offs < written, grad, 0.0)
         tl.store(grads + offs, grad.to(out.dtype.element_ty), mask=offs < vocab)
 
 
@@ -330,7 +312,7 @@ def _rows(logits: Tensor, teacher: Tensor, sides: Sides) -> dict[str, object]:
     ours, theirs = head_arguments(sides.student, logits.shape[2]), head_arguments(sides.teacher, teacher.shape[2])
     (stride_o, stride_i), (their_stride_o, their_stride_i) = row_strides(logits), row_strides(teacher)
     return {
-        "logits": logits, "teacher": teacher, "columns": ours["columns"],
+        "logits": logits, "teacher": teacher, "vocab": logits.shape[2], "their_vocab": teacher.shape[2], "columns": ours["columns"],
         "inner_rows": logits.shape[1], "stride_o": stride_o, "stride_i": stride_i,
         "their_inner_rows": teacher.shape[1], "their_stride_o": their_stride_o, "their_stride_i": their_stride_i,
         "scale": ours["scale"], "cap": ours["cap"], "inv_t": ours["inv_t"], "HEAD": ours["HEAD"],
@@ -343,7 +325,7 @@ def _aligned(*rows: Tensor) -> bool:
 
 
 def forward_launches(
-    logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor, config: Config = CONFIG
+    logits: Tensor, teacher: Tensor, w: Tensor | None, sides: Sides, out: Tensor, config: Config = CONFIG
 ) -> list[Launch]:
     """The launches that write `out`; the arguments are those of ``primitives.pair_stats.reference``."""
     n = logits.shape[0] * logits.shape[1]
@@ -357,18 +339,18 @@ def forward_launches(
         Launch(_pair_kernel, n * n_spans, shared | {"spans": spans, "t": t, "T1": sides.with_t1}, config.num_warps),
         Launch(_pair_row_kernel, n, widths | {"spans": spans, "out": out, "t": t, "T1": sides.with_t1}, 1),
     ]
-    if mixture is not None:
+    if w is not None:
         parts = torch.empty((n, n_spans, 4), dtype=torch.float64, device=logits.device)
-        more = {"mixture": mixture.contiguous(), "out": out, "parts": parts}
+        more = {"shares": w.contiguous(), "out": out, "parts": parts, "LOOK": SECOND.index(sides.second)}
         launches += [
-            Launch(_mixture_kernel, n * n_spans, shared | more, config.num_warps),
-            Launch(_mixture_row_kernel, n, widths | {"parts": parts, "out": out}, 1),
+            Launch(_second_kernel, n * n_spans, shared | more, config.num_warps),
+            Launch(_second_row_kernel, n, widths | {"parts": parts, "out": out}, 1),
         ]
     return launches
 
 
 def backward_launch(
-    logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor, config: Config = CONFIG
+    logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, second: str, out: Tensor, config: Config = CONFIG
 ) -> Launch:
     """The launch that writes d logits; the arguments are those of ``primitives.pair_stats.reference_backward``."""
     itemsize = max(logits.element_size(), teacher.element_size())
@@ -377,21 +359,21 @@ def backward_launch(
     out_stride_o, out_stride_i = row_strides(out)
     head = sides.student
     arguments = _rows(logits, teacher, sides) | {
-        "coef": coef.contiguous(), "out": out, "vocab": vocab, "out_stride_o": out_stride_o, "out_stride_i": out_stride_i, "n_spans": n_spans,
-        "t": head.temperature, "slope": head.logit_scale / head.temperature, "T1": sides.with_t1, "MIXTURE": with_mixture,
+        "coef": coef.contiguous(), "out": out, "out_stride_o": out_stride_o, "out_stride_i": out_stride_i, "n_spans": n_spans,
+        "t": head.temperature, "slope": head.logit_scale / head.temperature, "T1": sides.with_t1, "LOOK": SECOND.index(second),
         "TILE": 32 * config.num_warps * config.vector_bytes // itemsize, "SPAN": span,
     }  # fmt: skip
     return Launch(_pair_backward_kernel, logits.shape[0] * logits.shape[1] * n_spans, arguments, config.num_warps)
 
 
-def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
+def pair_stats(logits: Tensor, teacher: Tensor, w: Tensor | None, sides: Sides, out: Tensor) -> None:
     """As ``primitives.pair_stats.reference``."""
     with on_device_of(logits):
-        for launch in forward_launches(logits, teacher, mixture, sides, out):
+        for launch in forward_launches(logits, teacher, w, sides, out):
             launch.run()
 
 
-def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, second: str, out: Tensor) -> None:
     """As ``primitives.pair_stats.reference_backward``; `out` may be `logits`."""
     with on_device_of(logits):
-        backward_launch(logits, teacher, coef, sides, with_mixture, out).run()
+        backward_launch(logits, teacher, coef, sides, second, out).run()

@@ -1,7 +1,7 @@
 """Losses of a dense teacher: both rows whole, [N, V] log-softmaxes never.
 
-Forward and reverse KL, JSD and the skewed KLs are a few sums over both rows (:mod:`.primitives.pair_stats`). Every other divergence
-runs on blocks of rows that fit into a cache, where its gradient is taken too.
+Forward and reverse KL, JSD, the skewed KLs, total variation and alpha-beta are a few sums over both rows
+(:mod:`.primitives.pair_stats`). Every other divergence runs on blocks of rows that fit into a cache, where its gradient is taken too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergences import JSD, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL
+from .divergences import JSD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation
 from .linear import epilogue_gradient, refusing_twice, scaled
 from .losses import DistillStats, checked_cross_entropy, checked_pair, checked_parameters, two_terms
 from .primitives.boundary import functorch_refused, plain_eager, rows_of
@@ -24,8 +24,15 @@ from .primitives.vocab_stats import checked_inplace, checked_logits
 from .primitives.vocab_stats import statistics as row_statistics
 from .row_loss import checked_reduction, checked_weights, denominator, weighted
 
-_MIXTURE = {JSD: lambda d: d.beta, SkewForwardKL: lambda d: d.alpha, SkewReverseKL: lambda d: 1 - d.alpha}
-_PAIRED = (ForwardKL, ReverseKL, *_MIXTURE)
+# what the second look at the rows is for, and the number of each row there
+_SECOND = {
+    JSD: ("mixture", lambda d: d.beta),
+    SkewForwardKL: ("mixture", lambda d: d.alpha),
+    SkewReverseKL: ("mixture", lambda d: 1 - d.alpha),
+    AlphaBeta: ("power", lambda d: d.alpha),
+    TotalVariation: ("distance", lambda d: 0.0),
+}
+_PAIRED = (ForwardKL, ReverseKL, *_SECOND)
 
 
 def _ends(w: Tensor) -> Tensor:
@@ -33,12 +40,16 @@ def _ends(w: Tensor) -> Tensor:
 
 
 def divergence_of_stats(divergence, s: PairStats, w: Tensor | None) -> Tensor:
-    """The divergence per row from the statistics of both rows; `w` [N] as :meth:`DenseDistillation.mixture` gives it.
+    """The divergence per row from the statistics of both rows; `w` [N] as :meth:`DenseDistillation.shares` gives it.
 
     At w = 0 the mixture is q and at w = 1 it is p: one of the two divergences to it is a KL then, and the other 0.
     """
     if w is None:
         return s.forward_kl if type(divergence) is ForwardKL else s.reverse_kl
+    if type(divergence) is TotalVariation:
+        return 0.5 * s.distance
+    if type(divergence) is AlphaBeta:
+        return s.power_gap / (w * (1 - w))
     to_p = torch.where(_ends(w), torch.where(w == 0, s.forward_kl, 0.0), s.teacher_to_mixture)
     to_q = torch.where(_ends(w), torch.where(w == 1, s.reverse_kl, 0.0), s.student_to_mixture)
     if type(divergence) is JSD:
@@ -67,7 +78,8 @@ class DenseDistillation:
         self.scale = temperature**2 if scale_by_t2 else 1.0
         self.columns, self.backend = sides.student.columns(vocab_size), backend
         self.labels = checked_cross_entropy(labels, ce_weight, ignore_index, lead, vocab_size, device)
-        self.sides = sides._replace(with_t1=self.labels is not None and temperature != 1)
+        second = _SECOND.get(type(self.divergence), ("", None))[0]
+        self.sides = sides._replace(with_t1=self.labels is not None and temperature != 1, second=second)
         self.kd, self.ce, self.index = checked_weights(token_weights, lead, device), None, None
         if self.labels is not None:
             counted = self.labels != ignore_index
@@ -82,12 +94,11 @@ class DenseDistillation:
         """Whether a few sums over the rows are enough for the divergence."""
         return type(self.divergence) in _PAIRED
 
-    def mixture(self, n: int, device: torch.device) -> Tensor | None:
-        """The teacher's share w of the mixture that the divergence compares with, [n] in float64."""
-        share = _MIXTURE.get(type(self.divergence))
-        if share is None:
+    def shares(self, n: int, device: torch.device) -> Tensor | None:
+        """The teacher's share w in what the divergence compares with, [n] in float64; None where it needs no second look."""
+        if not self.sides.second:
             return None
-        w = torch.as_tensor(share(self.divergence), dtype=torch.float64, device=device)
+        w = torch.as_tensor(_SECOND[type(self.divergence)][1](self.divergence), dtype=torch.float64, device=device)
         return w.reshape(-1) if w.numel() == n and w.dim() else w.expand(n)
 
     @property
@@ -113,7 +124,7 @@ class DenseDistillation:
         return part
 
     def of_stats(self, stats: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(weighted loss, divergence × scale) per row from the statistics [n, 10] and the mixture's w."""
+        """(weighted loss, divergence × scale) per row from the statistics [n, 10] and the shares w."""
         if self.kd is not None:
             # constants in rows that do not count, so that whatever those hold meets no arithmetic
             stats = stats.masked_fill(~self.used[:, None], 0)
@@ -182,7 +193,7 @@ class DenseDistillation:
         return rows, plain
 
     def _pair_sweep(self, x: Tensor, y: Tensor, out: Tensor | None, upstream: Tensor | float) -> tuple[Tensor, Tensor]:
-        w, inner = self._mixtures(x)
+        w, inner = self._shares(x)
         stats = statistics(x, y, self.labels, inner, self.sides, self.backend)
 
         def value(leaves):
@@ -196,14 +207,14 @@ class DenseDistillation:
         logits_grad(x, y, self.labels, inner, stats, slopes["stats"]["pair"], self.sides, self.backend, True)
         return tuple(t.detach() for t in found)
 
-    def _mixtures(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(w, what the kernel gets): at the ends of [0, 1] its numbers are not used."""
-        w = self.mixture(x.shape[0] * x.shape[1], x.device)
-        return w, None if w is None else w.masked_fill(_ends(w), 0.5)
+    def _shares(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(w, what the kernel gets): at the ends of [0, 1] the numbers of a mixture are not used."""
+        w = self.shares(x.shape[0] * x.shape[1], x.device)
+        return w, w if self.sides.second != "mixture" else w.masked_fill(_ends(w), 0.5)
 
     def of_pairs(self, x: Tensor, y: Tensor, inplace: bool) -> tuple[Tensor, Tensor]:
         """:meth:`of_stats` of logits [O, I, V], differentiable."""
-        w, inner = self._mixtures(x)
+        w, inner = self._shares(x)
         return self.of_stats(pair_stats(x, y, self.labels, inner, self.sides, backend=self.backend, inplace_backward=inplace), w)
 
     @torch.no_grad()
@@ -302,11 +313,11 @@ def distill_loss(
 ):
     """Divergence between two whole distributions, ``reduce(w · T² · D(p ‖ q))`` in nats; the gradient is the student's alone.
 
-    Forward and reverse KL take one read of both rows forward, and one more with the gradient's write backward. Any other
-    divergence runs as plain PyTorch on blocks of rows that fit into a cache, and its gradient is taken there: in the forward
-    for a scalar, in the backward (from the blocks again) with reduction="none", `inplace_backward` or float16 logits. Beside the
-    arguments there exist one gradient [..., V] in the logits' dtype (none with `inplace_backward`), a few numbers per
-    token, and one block.
+    The KLs, JSD, total variation and alpha-beta take one read of both rows forward (all but forward and reverse KL a second look
+    from the cache), and one more with the gradient's write backward. Any other divergence runs as plain PyTorch on blocks of
+    rows that fit into a cache, and its gradient is taken there: in the forward for a scalar, in the backward (from the blocks
+    again) with reduction="none", `inplace_backward` or float16 logits. Beside the arguments there exist one gradient [..., V]
+    in the logits' dtype (none with `inplace_backward`), a few numbers per token, and one block.
 
     Args:
         student_logits: [..., V] float32, bfloat16, float16 or float64.
@@ -344,9 +355,9 @@ def distill_loss(
         lead, vocab, student_logits.device, sides, divergence=divergence, scale_by_t2=scale_by_t2, token_weights=token_weights, labels=labels,
         ce_weight=ce_weight, ignore_index=ignore_index, reduction=reduction, num_items_in_batch=num_items_in_batch, backend=backend,
     )  # fmt: skip
-    teacher = teacher_logits.detach()[..., : task.columns]
     dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    x, y = rows_of(student_logits), rows_of(teacher)
+    # the teacher's columns beyond the valid ones are not cut off: rows of a whole number of vectors are read by vectors
+    x, y = rows_of(student_logits), rows_of(teacher_logits.detach())
     if inplace_backward:
         checked_inplace(x)
     extra = task.diagnostics(x.detach(), y) if return_stats else None

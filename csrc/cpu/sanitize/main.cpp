@@ -108,7 +108,7 @@ void run_capture(DType dtype, int64_t n, int64_t vocab, int64_t pad, int64_t k, 
 
 // Both KLs of rows on exact-size buffers, the teacher's of another dtype and width.
 template <class T, class U>
-void run_pair(DType dtype, DType teacher_dtype, int64_t n, int64_t vocab, int64_t pad, Head head, bool mixed, double tolerance) {
+void run_pair(DType dtype, DType teacher_dtype, int64_t n, int64_t vocab, int64_t pad, Head head, Second second, double tolerance) {
     const int64_t stride = vocab + pad, wide = head.columns + pad;
     std::normal_distribution<double> normal(0, 3);
     std::vector<T> x(n * stride), fresh(n * vocab);
@@ -118,7 +118,7 @@ void run_pair(DType dtype, DType teacher_dtype, int64_t n, int64_t vocab, int64_
     std::vector<double> out(n * kPairStats), coef(n * kPairCoefficients, 0.5), weights(n, 0.3);
     const Rows rows{x.data(), 1, n, vocab, n * stride, stride}, teacher{y.data(), 1, n, head.columns, n * wide, wide};
     const Head theirs{head.temperature, 1, 0, head.columns};
-    for_items(PairStats{dtype, teacher_dtype, rows, teacher, head, theirs, true, mixed ? weights.data() : nullptr, out.data()}, 2, kernels().pair_stats);
+    for_items(PairStats{dtype, teacher_dtype, rows, teacher, head, theirs, true, second, weights.data(), out.data()}, 2, kernels().pair_stats);
     for (int64_t r = 0; r < n; ++r) {
         std::vector<double> z, t;
         double q = 0, p = 0, kl = 0;
@@ -140,7 +140,7 @@ void run_pair(DType dtype, DType teacher_dtype, int64_t n, int64_t vocab, int64_
         std::copy_n(s, 2, coef.begin() + kPairCoefficients * r);
         coef[kPairCoefficients * r + 7] = s[6];
     }
-    PairStatsBackward b{dtype, teacher_dtype, rows, teacher, coef.data(), true, mixed, head, theirs, {fresh.data(), 1, n, vocab, n * vocab, vocab}};
+    PairStatsBackward b{dtype, teacher_dtype, rows, teacher, coef.data(), true, second, head, theirs, {fresh.data(), 1, n, vocab, n * vocab, vocab}};
     for_items(b, 2, kernels().pair_stats_backward);
     b.out = rows;
     b.with_t1 = false;
@@ -217,11 +217,11 @@ int main() {
         }
         for (int64_t vocab : {1, 3, 33, 64, 2049, 4099}) {
             for (Head head : {Head{1, 1, 0, vocab}, Head{0.7, 1.5, 0, (vocab + 1) / 2}, Head{2, 1, 5, vocab}}) {
-                for (bool mixed : {false, true}) {
-                    run_pair<float, bf16>(DType::f32, DType::bf16, 3, vocab, 1, head, mixed, 1e-5);
-                    run_pair<bf16, float>(DType::bf16, DType::f32, 2, vocab, 0, head, mixed, 1e-5);
-                    run_pair<f16, f16>(DType::f16, DType::f16, 1, vocab, 5, head, mixed, 1e-5);
-                    run_pair<double, double>(DType::f64, DType::f64, 2, vocab, 0, head, mixed, 1e-11);
+                for (Second second : {Second::none, Second::mixture, Second::power, Second::distance}) {
+                    run_pair<float, bf16>(DType::f32, DType::bf16, 3, vocab, 1, head, second, 1e-5);
+                    run_pair<bf16, float>(DType::bf16, DType::f32, 2, vocab, 0, head, second, 1e-5);
+                    run_pair<f16, f16>(DType::f16, DType::f16, 1, vocab, 5, head, second, 1e-5);
+                    run_pair<double, double>(DType::f64, DType::f64, 2, vocab, 0, head, second, 1e-11);
                 }
             }
         }

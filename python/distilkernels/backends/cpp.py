@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..primitives.pair_stats import SECOND
 from . import cpp_kv
 from .cpp_kv import key_redundancy, kv_align, kv_gather, recurrence_update, window_importance  # noqa: F401
 
@@ -72,20 +73,20 @@ def vocab_stats_backward(
     )  # fmt: skip
 
 
-def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides, out: Tensor) -> None:
-    if mixture is not None:
-        mixture = mixture.contiguous()
+def pair_stats(logits: Tensor, teacher: Tensor, w: Tensor | None, sides, out: Tensor) -> None:
+    if w is not None:
+        w = w.contiguous()
     _cpp.pair_stats(
-        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), sides.with_t1, 0 if mixture is None else mixture.data_ptr(),
-        torch.get_num_threads(), out.data_ptr(),
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), sides.with_t1, SECOND.index(sides.looks_for(w)),
+        0 if w is None else w.data_ptr(), torch.get_num_threads(), out.data_ptr(),
     )  # fmt: skip
 
 
-def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides, with_mixture: bool, out: Tensor) -> None:
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides, second: str, out: Tensor) -> None:
     coef = coef.contiguous()
     _cpp.pair_stats_backward(
-        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), coef.data_ptr(), sides.with_t1, with_mixture,
-        torch.get_num_threads(), out.data_ptr(), _shape(out),
+        _side(logits, sides.student, logits), _side(teacher, sides.teacher, logits), coef.data_ptr(), sides.with_t1,
+        SECOND.index(second), torch.get_num_threads(), out.data_ptr(), _shape(out),
     )  # fmt: skip
 
 

@@ -79,16 +79,16 @@ def vocab_stats_backward(logits: Tensor, ids: Tensor | None, entries: Tensor | N
     launch(logits, ids, entries, coef, terms, head, out)
 
 
-def pair_stats(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
+def pair_stats(logits: Tensor, teacher: Tensor, w: Tensor | None, sides: Sides, out: Tensor) -> None:
     from ..kernels.pair_stats import pair_stats as launch
 
-    launch(logits, teacher, mixture, sides, out)
+    launch(logits, teacher, w, sides, out)
 
 
-def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
+def pair_stats_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, second: str, out: Tensor) -> None:
     from ..kernels.pair_stats import pair_stats_backward as launch
 
-    launch(logits, teacher, coef, sides, with_mixture, out)
+    launch(logits, teacher, coef, sides, second, out)
 
 
 def gather_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:

@@ -2,13 +2,19 @@
 
 z are the student's transformed logits (see :class:`~.head.Head`) and q = softmax(z); t and p = softmax(t) the teacher's. The
 cross terms are sums of differences, Σ p·(t − z) and Σ q·(z − t), not differences of sums: of two close rows the latter lose what
-is asked for. On request also KL(p ‖ m) and KL(q ‖ m) to a mixture m = w·p + (1 − w)·q of each row's own w in (0, 1), from a
-second look at the rows when their lse are known.
+is asked for. On request one of the following as well, from a second look at the rows when their lse are known; w is each
+row's own number:
 
-The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m:
+    "mixture"   KL(p ‖ m) and KL(q ‖ m) to m = w·p + (1 − w)·q, w in (0, 1)
+    "power"     Σ [w·p + (1 − w)·q − p^w·q^{1−w}], any w
+    "distance"  Σ |p − q|
+
+The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m, and one of the lines in brackets:
 
     dz_v = q_v·(A + B·log q_v + C·log(q_v/p_v)) + D·p_v + E·e^{T·z_v − lse_t1}
-         + F·p_v·r_v + G·q_v·log(q_v/m_v) + H·q_v·r_v
+         + [F·p_v·r_v + G·q_v·log(q_v/m_v) + H·q_v·r_v]
+         + [F·p_v^w·q_v^{1−w}]
+         + [F·q_v·sign(q_v − p_v)]
 
 and the exact entry at a label, where one is given.
 """
@@ -27,14 +33,16 @@ from .head import Head
 from .memory import recycled_empty
 from .vocab_stats import gather_logits, row_dtype
 
-# the columns that kernels write, and what of the mixture only the backward reads
+# the columns that kernels write; what "power" and "distance" sum is in teacher_to_mixture, the last two are for the backward alone:
+# Σ p·r and Σ q·r, or Σ q·sign(q − p) in student_share
 _KERNEL = (
     "lse", "teacher_lse", "teacher_gap", "student_gap", "expected_logit", "teacher_expected_logit", "lse_t1",
     "teacher_to_mixture", "student_to_mixture", "teacher_share", "student_share",
 )  # fmt: skip
 
-# Numbers of one block of the reference: a few blocks of float32 in a CPU's cache, or enough to fill a GPU
-_BLOCK = {"cpu": 2**17, "cuda": 2**26}
+# Numbers of one block of the reference: enough to fill a GPU, and on a CPU 1 MB of float32 for each thread. An operation on less is
+# over before its threads have met (PyTorch gives none fewer than 2^15 numbers); on more it comes from memory.
+_BLOCK = {"cpu": 2**18, "cuda": 2**26}
 
 
 class PairStats(NamedTuple):
@@ -47,8 +55,8 @@ class PairStats(NamedTuple):
     ``expected_logit``           Σ q_v z_v; the student's entropy is lse minus it
     ``teacher_expected_logit``   Σ p_v t_v
     ``lse_t1``                   log Σ exp(T·z_v), the student's at temperature 1
-    ``teacher_to_mixture``       KL(p ‖ w·p + (1 − w)·q); 0 where no mixture was asked for, like the next
-    ``student_to_mixture``       KL(q ‖ w·p + (1 − w)·q)
+    ``teacher_to_mixture``       KL(p ‖ w·p + (1 − w)·q), or what :attr:`power_gap` or :attr:`distance` says; 0 where nothing was asked for
+    ``student_to_mixture``       KL(q ‖ w·p + (1 − w)·q); 0 without a mixture
     ``label_logit``              z at the label; 0 where there is none
     ============================ ==============================================================================
     """
@@ -74,18 +82,40 @@ class PairStats(NamedTuple):
         """KL(q ‖ p)."""
         return self.student_gap - self.lse + self.teacher_lse
 
+    @property
+    def power_gap(self) -> Tensor:
+        """Σ [w·p + (1 − w)·q − p^w·q^{1−w}], where "power" was asked for."""
+        return self.teacher_to_mixture
+
+    @property
+    def distance(self) -> Tensor:
+        """Σ |p − q|, where "distance" was asked for."""
+        return self.teacher_to_mixture
+
+
+# the numbers by which kernels know them
+SECOND = ("", "mixture", "power", "distance")
+
 
 class Sides(NamedTuple):
-    """The heads of a pair. They share the temperature, and the student's valid columns; `with_t1` asks for lse_t1 where T ≠ 1."""
+    """The heads of a pair. They share the temperature, and the student's valid columns; `with_t1` asks for lse_t1 where T ≠ 1.
+
+    `second` says what the second look is for where rows have a w (see the module's page); without one there is none.
+    """
 
     student: Head
     teacher: Head
     with_t1: bool = False
+    second: str = "mixture"
+
+    def looks_for(self, w: Tensor | None) -> str:
+        return "" if w is None else self.second
 
 
 def row_blocks(n: int, numbers: int, device: torch.device, *inner: int):
     """Slices of at most `numbers`-wide rows that a block holds; none crosses a multiple of an `inner` row count."""
-    size = max(1, _BLOCK.get(device.type, 2**22) // max(numbers, 1))
+    whole = _BLOCK.get(device.type, 2**22) * (torch.get_num_threads() if device.type == "cpu" else 1)
+    size = max(1, whole // max(numbers, 1))
     start = 0
     while start < n:
         stop = min([start + size, n] + [(start // i + 1) * i for i in inner if i])
@@ -103,10 +133,10 @@ def rows_at(rows: Tensor, block: slice) -> Tensor:
 # ---------------------------------------------------------------------------------------------- reference
 
 
-def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Sides, out: Tensor) -> None:
+def reference(logits: Tensor, teacher: Tensor, w: Tensor | None, sides: Sides, out: Tensor) -> None:
     """Writes the statistics of logits [O, I, V] and teacher [O', I', V'] into out [N, 11], N = O·I = O'·I'.
 
-    The definition, in fp64 where one of the sides is, and fp32 otherwise; block by block, so that [N, V] is never made. `mixture` [N].
+    The definition, in fp64 where one of the sides is, and fp32 otherwise; block by block, so that [N, V] is never made. `w` [N].
     """
     for block, z, t in _blocks(logits, teacher, sides):
         lse, teacher_lse = z.logsumexp(-1), t.logsumexp(-1)
@@ -122,13 +152,19 @@ def reference(logits: Tensor, teacher: Tensor, mixture: Tensor | None, sides: Si
             "teacher_expected_logit": _nothing_at_0(p, t).sum(-1),
             "lse_t1": (z * sides.student.temperature).logsumexp(-1) if sides.with_t1 else lse,
         }
-        if mixture is None:
-            values |= dict.fromkeys(_KERNEL[7:], torch.zeros_like(lse))
-        else:
-            log_m, share = _mixed(log_p, log_q, mixture[block][:, None])
+        values |= dict.fromkeys(_KERNEL[7:], torch.zeros_like(lse))
+        second = sides.looks_for(w)
+        if second == "mixture":
+            log_m, share = _mixed(log_p, log_q, w[block][:, None])
             values["teacher_to_mixture"] = _nothing_at_0(p, log_p - log_m).sum(-1)
             values["student_to_mixture"] = _nothing_at_0(q, log_q - log_m).sum(-1)
             values["teacher_share"], values["student_share"] = (_nothing_at_0(m, share).sum(-1) for m in (p, q))
+        elif second == "power":
+            share = w[block][:, None].to(z.dtype)
+            values["teacher_to_mixture"] = (share * p + (1 - share) * q - _power(log_p, log_q, share)).sum(-1)
+        elif second == "distance":
+            values["teacher_to_mixture"] = (p - q).abs().sum(-1)
+            values["student_share"] = (q * (q - p).sign()).sum(-1)
         out[block] = torch.stack([values[name] for name in _KERNEL], -1).to(out.dtype)
 
 
@@ -153,7 +189,13 @@ def _mixed(log_p: Tensor, log_q: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return log_m, (ours - log_m).exp()
 
 
-def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, with_mixture: bool, out: Tensor) -> None:
+def _power(log_p: Tensor, log_q: Tensor, w: Tensor) -> Tensor:
+    """p^w·q^{1−w}, 0 where both are."""
+    nothing = (log_p == -math.inf) & (log_q == -math.inf)
+    return (w * log_p + (1 - w) * log_q).masked_fill(nothing, -math.inf).exp()
+
+
+def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, second: str, out: Tensor) -> None:
     """Writes d logits: the formula of the module's page times dz/dx. `out` [O, I, V] may be `logits` itself.
 
     coef fp64 [N, 12] holds lse, teacher_lse, A, B, C, D, E, lse_t1, F, G, H, w. A row with A = … = H = 0 is written as zeros whatever
@@ -163,11 +205,11 @@ def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sid
     for block, z, t in _blocks(logits, teacher, sides):
         # the rows of a contiguous gradient are those of logits, whatever the strides of these
         target = out.flatten(0, 1)[block] if out.is_contiguous() else rows_at(out, block)
-        target[:, :columns] = gradient(z, t, coef[block].unsqueeze(1), sides, with_mixture)
+        target[:, :columns] = gradient(z, t, coef[block].unsqueeze(1), sides, second)
         target[:, columns:] = 0
 
 
-def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: bool) -> Tensor:
+def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, second: str) -> Tensor:
     """d x at entries z, t [N, ...] from coef [N, 1, 12] in the dtype of z."""
     lse, teacher_lse, a, b, c, d, e, lse_t1, f, g, h, w = coef.unbind(-1)
     alone = (torch.stack([c, d, f, g, h], -1) == 0).all(-1)
@@ -177,9 +219,13 @@ def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: boo
     found = _nothing_at_0(q, a + _nothing_at_0(b, log_q) + _nothing_at_0(c, log_q - log_p)) + _nothing_at_0(d, p)
     if sides.with_t1:
         found = found + _nothing_at_0(e, (z * sides.student.temperature - lse_t1).exp())
-    if with_mixture:
+    if second == "mixture":
         log_m, share = _mixed(log_p, log_q, w)
         found = found + _nothing_at_0(p, f * share) + _nothing_at_0(q, g * (log_q - log_m) + h * share)
+    elif second == "power":
+        found = found + _nothing_at_0(f, _power(log_p, log_q, w))
+    elif second == "distance":
+        found = found + f * q * (q - p).sign()
     found = found * sides.student.chain(z)
     return torch.where(alone & (torch.stack([a, b, e], -1) == 0).all(-1), 0.0, found)
 
@@ -187,7 +233,7 @@ def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, with_mixture: boo
 # ---------------------------------------------------------------------------------------------- autograd
 
 
-def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Sides) -> Tensor:
+def coefficients(stats: Tensor, grads: Tensor, share: Tensor | None, sides: Sides) -> Tensor:
     """[N, 12] for the backward kernel from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
     s, g = dict(zip(_KERNEL, stats.unbind(-1))), PairStats(*grads.unbind(-1))
     zero = torch.zeros_like(g.lse)
@@ -198,8 +244,18 @@ def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Si
     if not sides.with_t1:
         a, e = a + g.lse_t1, zero
     f, h, to_q, w = zero, zero, zero, zero
-    if mixture is not None:
-        to_p, to_q, w = g.teacher_to_mixture, g.student_to_mixture, mixture
+    second = sides.looks_for(share)
+    if second:
+        w = share
+    if second == "power":
+        # Σ [w·p + (1 − w)·q] is 1
+        f = g.power_gap * (w - 1)
+        a = a - _nothing_at_0(f, 1 - s["teacher_to_mixture"])
+    elif second == "distance":
+        f = g.distance
+        a = a - _nothing_at_0(f, s["student_share"])
+    elif second == "mixture":
+        to_p, to_q = g.teacher_to_mixture, g.student_to_mixture
         # −F·p·r − H·q·r = (w·p + (1 − w)·q)·r = (1 − w)·q where F = −w and H = w − 1, all of it in JSD: that part is taken out,
         # since in the sums it would have to cancel
         both = torch.where(to_p * to_q > 0, torch.minimum((to_p / w).abs(), (to_q / (1 - w)).abs()).copysign(to_p), zero)
@@ -208,13 +264,13 @@ def coefficients(stats: Tensor, grads: Tensor, mixture: Tensor | None, sides: Si
     return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, -g.teacher_gap, e, s["lse_t1"], f, to_q, h, w], -1)
 
 
-def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, sides: Sides, backend: str | None) -> Tensor:
+def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, sides: Sides, backend: str | None) -> Tensor:
     """[N, 13] of logits [O, I, V] and teacher [O', I', V']: what kernels write, and z and t at the label."""
     n = logits.shape[0] * logits.shape[1]
     out = torch.empty((n, len(_KERNEL)), dtype=row_dtype(logits.device), device=logits.device)
     run = resolve("pair_stats", logits, teacher, backend=backend)  # refuses without rows too
     if n:
-        run(logits, teacher, mixture, sides, out)
+        run(logits, teacher, w, sides, out)
     if labels is None:
         return torch.cat([out, out.new_zeros((n, 2))], -1)
     # both rows may be narrower than a label that no valid column has: its logit is −inf
@@ -231,19 +287,19 @@ def named(stats: Tensor) -> Tensor:
 
 
 def logits_grad(
-    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, stats: Tensor, grads: Tensor, sides: Sides,
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, stats: Tensor, grads: Tensor, sides: Sides,
     backend: str | None, inplace: bool,
 ) -> Tensor:  # fmt: skip
     """d logits [O, I, V] from the statistics [N, 13] and the gradients [N, 10] of :class:`PairStats`."""
-    coef = coefficients(stats, grads, mixture, sides)
+    coef, second = coefficients(stats, grads, w, sides), sides.looks_for(w)
     out = logits if inplace else recycled_empty(tuple(logits.shape), logits.dtype, logits.device)
     if logits.numel():
-        resolve("pair_stats_backward", logits, teacher, backend=backend)(logits, teacher, coef, sides, mixture is not None, out)
+        resolve("pair_stats_backward", logits, teacher, backend=backend)(logits, teacher, coef, sides, second, out)
     if labels is None:
         return out
     # the label's own entry is written whole: added to a rounded q it would keep the rounding of q
     z, t = stats[:, 11:12], stats[:, 12:13]
-    entry = gradient(z, t, coef.unsqueeze(1), sides, mixture is not None) + grads[:, 9:10] * sides.student.chain(z)
+    entry = gradient(z, t, coef.unsqueeze(1), sides, second) + grads[:, 9:10] * sides.student.chain(z)
     columns = sides.student.columns(logits.shape[2])
     real = (labels >= 0) & (labels < columns) & (z[:, 0] > -math.inf)
     # rows without a label rewrite what is at column 0
@@ -254,18 +310,18 @@ def logits_grad(
 
 class _PairStats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, teacher, labels, mixture, sides, backend, inplace):
-        stats = statistics(logits, teacher, labels, mixture, sides, backend)
-        ctx.save_for_backward(logits, teacher, labels, mixture, stats)
+    def forward(ctx, logits, teacher, labels, w, sides, backend, inplace):
+        stats = statistics(logits, teacher, labels, w, sides, backend)
+        ctx.save_for_backward(logits, teacher, labels, w, stats)
         ctx.sides, ctx.backend, ctx.inplace = sides, backend, inplace
         return named(stats)
 
     @staticmethod
     def backward(ctx, grads):
         twice = torch.is_grad_enabled()
-        logits, teacher, labels, mixture, stats = ctx.saved_tensors
+        logits, teacher, labels, w, stats = ctx.saved_tensors
         with torch.no_grad():
-            grad = logits_grad(logits, teacher, labels, mixture, stats, grads, ctx.sides, ctx.backend, ctx.inplace)
+            grad = logits_grad(logits, teacher, labels, w, stats, grads, ctx.sides, ctx.backend, ctx.inplace)
             if ctx.inplace:
                 torch.autograd.graph.increment_version(logits)
                 grad = grad.detach()
@@ -275,22 +331,23 @@ class _PairStats(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------- torch.library
 
 
-def _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1) -> Sides:
-    return Sides(Head(temperature, logit_scale, softcap, valid_vocab), Head(temperature, teacher_logit_scale, teacher_softcap), with_t1)
+def _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1, second) -> Sides:
+    return Sides(Head(temperature, logit_scale, softcap, valid_vocab), Head(temperature, teacher_logit_scale, teacher_softcap), with_t1, second)
 
 
 def _numbers(sides: Sides) -> tuple:
     s, t = sides.student, sides.teacher
-    return s.temperature, s.valid_vocab, s.logit_scale, s.softcap, t.logit_scale, t.softcap, sides.with_t1
+    return s.temperature, s.valid_vocab, s.logit_scale, s.softcap, t.logit_scale, t.softcap, sides.with_t1, sides.second
 
 
 @torch.library.custom_op("distilkernels::pair_stats", mutates_args=())
 def _op(
-    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, temperature: float, valid_vocab: int | None,
-    logit_scale: float, softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None, with_t1: bool, backend: str | None,
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, temperature: float, valid_vocab: int | None,
+    logit_scale: float, softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None, with_t1: bool, second: str,
+    backend: str | None,
 ) -> Tensor:  # fmt: skip
-    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1)
-    return statistics(logits, teacher, labels, mixture, sides, backend)
+    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1, second)
+    return statistics(logits, teacher, labels, w, sides, backend)
 
 
 @_op.register_fake
@@ -300,12 +357,12 @@ def _(logits, *_):
 
 @torch.library.custom_op("distilkernels::pair_stats_backward", mutates_args=())
 def _op_backward(
-    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, stats: Tensor, grads: Tensor, temperature: float,
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, stats: Tensor, grads: Tensor, temperature: float,
     valid_vocab: int | None, logit_scale: float, softcap: float | None, teacher_logit_scale: float, teacher_softcap: float | None,
-    with_t1: bool, backend: str | None,
+    with_t1: bool, second: str, backend: str | None,
 ) -> Tensor:  # fmt: skip
-    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1)
-    return logits_grad(logits, teacher, labels, mixture, stats, grads, sides, backend, False)
+    sides = _sides(temperature, valid_vocab, logit_scale, softcap, teacher_logit_scale, teacher_softcap, with_t1, second)
+    return logits_grad(logits, teacher, labels, w, stats, grads, sides, backend, False)
 
 
 @_op_backward.register_fake
@@ -314,13 +371,13 @@ def _(logits, *_):
 
 
 def _op_setup(ctx, inputs, output):
-    logits, teacher, labels, mixture, *ctx.options = inputs
-    ctx.save_for_backward(logits, teacher, labels, mixture, output)
+    logits, teacher, labels, w, *ctx.options = inputs
+    ctx.save_for_backward(logits, teacher, labels, w, output)
 
 
 def _op_gradient(ctx, grads):
-    logits, teacher, labels, mixture, stats = ctx.saved_tensors
-    return (_op_backward(logits, teacher, labels, mixture, stats, named(grads), *ctx.options), *(None,) * 11)
+    logits, teacher, labels, w, stats = ctx.saved_tensors
+    return (_op_backward(logits, teacher, labels, w, stats, named(grads), *ctx.options), *(None,) * 12)
 
 
 _op.register_autograd(_op_gradient, setup_context=_op_setup)
@@ -330,16 +387,16 @@ _op.register_autograd(_op_gradient, setup_context=_op_setup)
 
 
 def pair_stats(
-    logits: Tensor, teacher: Tensor, labels: Tensor | None, mixture: Tensor | None, sides: Sides, *, backend: str | None = None,
+    logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, sides: Sides, *, backend: str | None = None,
     inplace_backward: bool = False,
 ) -> Tensor:  # fmt: skip
     """The fields of :class:`PairStats`, flat [N, 10] in fp64, of logits [..., V] beside teacher [..., V']; arguments are already checked.
 
-    `labels` int64 [N], −1 where there is none; `mixture` fp64 [N], the w in (0, 1) of each row's m. Differentiable in the logits;
+    `labels` int64 [N], −1 where there is none; `w` fp64 [N], each row's number of the second look (any for "distance"). Differentiable in the logits;
     `inplace_backward` writes d logits over them.
     """
     x, y = rows_of(logits), rows_of(teacher.detach())
     if plain_eager(logits, teacher):
-        return _PairStats.apply(x, y, labels, mixture, sides, backend, inplace_backward)
+        return _PairStats.apply(x, y, labels, w, sides, backend, inplace_backward)
     functorch_refused("pair_stats")
-    return named(_op(x, y, labels, mixture, *_numbers(sides), backend))
+    return named(_op(x, y, labels, w, *_numbers(sides), backend))
