@@ -301,9 +301,25 @@ VARIANTS = {
     "align-odd_width": lambda: align_case("smooth_l1", "layer_std", d=1537, grads=False),
     "redundancy": lambda: redundancy_case(torch.bfloat16),
     "redundancy-padded": lambda: redundancy_case(torch.bfloat16, 80),
+    "redundancy-float32": lambda: redundancy_case(torch.float32, masked=False),
+    "redundancy-widest": lambda: redundancy_case(torch.float16, 256)[-1:],
     "importance-max_logits": lambda: importance_case(torch.bfloat16, "max_logits"),
+    "importance-max_probs": lambda: importance_case(torch.bfloat16, "max_probs", 64, d=80),
+    "importance-mean_probs": lambda: importance_case(torch.float16, "mean_probs", 8, 7, d=256),
+    "importance-none": lambda: importance_case(torch.bfloat16, "none", causal=True, given=True)[-1:],
+    "importance-float32": lambda: importance_case(torch.float32, "max_logits", 8),
     "recurrence": lambda: recurrence_case(torch.float32),
     "recurrence-prefill": lambda: recurrence_case(torch.bfloat16, 32),
+}
+# where registers were shortest, on the device where they were
+CORNERS = {
+    "redundancy-no_alignment": (80, lambda: redundancy_case(torch.bfloat16, 70, masked=False)[-1:]),
+    "redundancy-float32-no_alignment": (100, lambda: redundancy_case(torch.float32, 33, masked=False)[-1:]),
+    "redundancy-wider": (80, lambda: redundancy_case(torch.bfloat16, 512)[-1:]),
+    "importance-few_queries": (100, lambda: importance_case(torch.bfloat16, "max_probs", 8, d=64)),
+    "importance-blocks": (100, lambda: importance_case(torch.bfloat16, "mean_probs", 64, d=64, causal=True)),
+    "importance-no_alignment": (100, lambda: importance_case(torch.bfloat16, "none", d=70, causal=True)),
+    "importance-float32-widest": (80, lambda: importance_case(torch.float32, "none", d=256, causal=True)),
 }
 # kernels bound by memory, which should read it 16 bytes at a time
 _WIDE = ("_gather_kernel", "_recurrence_kernel", "_terms_kernel", "_moments_kernel", "_unit_kernel", "_similarity_kernel")
@@ -316,6 +332,13 @@ def test_compiles_without_spills(variant, tmp_path, record_property):
     for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
         if launch.kernel.__name__ in _WIDE and "odd" not in variant:
             assert re.search(r"(ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg)", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
+
+
+@compiled
+@pytest.mark.parametrize("corner", CORNERS)
+def test_corners_compile_without_spills(corner, tmp_path, record_property):
+    capability, launches = CORNERS[corner]
+    assert list(built(launches(), tmp_path, record_property, (capability,)))
 
 
 # ----------------------------------------------------------------------------------------------- on a device

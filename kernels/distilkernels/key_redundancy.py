@@ -7,6 +7,7 @@
 Bytes at B = 8, H = 8, T = 8,192, D = 128 in 16 bits: 134 MB twice, 31 µs each at 4.3 TB/s, the second less by what L2 holds (30 to
 40 MB of them): 55 µs for "kava". The scan's products are of the keys as they are, exact in 16 bits, and scaled afterwards. Where
 every row meets a neighbour in its first tile it costs 64·T·D·2 FLOPs a head, 9 GFLOP in all; where none does, T/64 times as many.
+Rows that do not fit the registers (float32, and D > 256) come again for each tile, a few features at a time.
 """
 
 from __future__ import annotations

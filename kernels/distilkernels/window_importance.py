@@ -6,7 +6,9 @@ A tile of queries holds a few window positions with the whole query group side b
 or between four, and a key is read once for all heads that share it. Logits are in units of log 2.
 
 At B = 8, Hkv = 8, Hq = 32, T = 8,192, D = 128, W = 32 in 16 bits: 134 MB a pass, 31 µs at 4.3 TB/s, and 17 GFLOP a pass, 22 µs
-at 790 TFLOP/s: 63 µs in two passes, 32 with a given lse. The cosine sums add no bytes in two passes.
+at 790 TFLOP/s: 63 µs in two passes, 32 with a given lse. The cosine sums add no bytes in two passes. In float32 the products are
+fused multiplications and additions, 0.26 ms a pass at 67 TFLOP/s: both sides come a few features at a time, from the L1 after the
+first block of queries, and the keys' norms from a second look at them there.
 """
 
 from __future__ import annotations
@@ -40,35 +42,36 @@ class Config:
     num_warps: int = 8
     keys: int = 64
     queries: int = 128
+    # a softmax row each where heads have no group: the maxima, sums and causal ends of 128 rows spill with tcgen05
+    positions: int = 64
     wide: int = 128
     # a head wider than this passes through the registers in steps
     widest: int = 256
     wide_step: int = 128
-    # rows of no alignment are read two bytes at a time, with an address for each: fewer features at once, and half the keys
+    # rows of no alignment are read an element at a time, with an address for each: fewer features at once, and half the keys
     odd_step: int = 32
-    # float32 goes without tensor cores: 16 sums a thread, and the (4 + 4)·16 operands of a step, 8 KB for 65k multiplications; all
-    # features at once would be 1,000 registers
+    # float32 goes without tensor cores: 16 sums a thread, and the (4 + 4)·8 operands of a step, 4 KB for 33k multiplications; all
+    # features at once would be 1,000 registers, and 16 still spill
     float_tile: int = 64
-    float_step: int = 16
-    # two programs a multiprocessor where the first pass has few queries; elsewhere one, with all the registers
-    few_queries: int = 64
-    few_registers: int = 128
+    float_step: int = 8
+    # one program a multiprocessor may have all the registers: its two key tiles under way are 4 MB over the device, more than
+    # 4.3 TB/s · 0.7 µs. With 128 some spill
     registers: int = 255
     # eight programs a head at T = 8,192: four for each multiprocessor at 64 heads; a program reads its queries once for them
     chunk: int = 1024
 
-    def tile(self, dtype: torch.dtype, width: int, window: int, group: int, aligned: bool) -> tuple[int, int, int, int]:
-        """Keys, window positions of a padded group and features of a step, and the registers of the first pass."""
+    def tile(self, dtype: torch.dtype, width: int, window: int, group: int, aligned: bool) -> tuple[int, int, int]:
+        """Keys, window positions of a padded group, and features of a step."""
         keys, queries, step = self.keys, self.queries, width if width <= self.widest else self.wide_step
         if dtype == torch.float32:
             keys, queries, step = self.float_tile, self.float_tile, self.float_step
         elif not aligned:
-            keys, step = keys // 2, min(self.odd_step, width)
+            step = min(self.odd_step, width)
         elif width > self.wide:
             keys, queries = keys // 2, queries // 2
-        positions = max(min(triton.next_power_of_2(window), queries // group), 16 // group, 1)
-        few = step == width and positions * group <= self.few_queries
-        return keys, positions, step, self.few_registers if few else self.registers
+        if not aligned:
+            keys //= 2
+        return keys, max(min(triton.next_power_of_2(window), queries // group, self.positions), 16 // group, 1), step
 
 
 CONFIG = Config()
@@ -308,7 +311,7 @@ def launches(
     groups, width = query_heads // heads, max(triton.next_power_of_2(d), 16)
     group = triton.next_power_of_2(groups)
     aligned = key_redundancy.aligned(keys) and key_redundancy.aligned(queries)
-    tile, positions, step, registers = config.tile(keys.dtype, width, max(window, 1), group, aligned)
+    tile, positions, step = config.tile(keys.dtype, width, max(window, 1), group, aligned)
     chunks, blocks = triton.cdiv(t, config.chunk), triton.cdiv(window, positions)
     names = [f"stride_{side}" for side in ("qb", "qh", "qw", "kb", "kh", "kt")]
     max_logits = how.group_reduce == "max_logits"
@@ -331,7 +334,7 @@ def launches(
         maxima, sums = make(b * heads, chunks, rows), make(b * heads, chunks, rows)
         first = shared | sums_of_keys | {"maxima": maxima, "sums": sums, "MAX_LOGITS": max_logits}
         if blocks:
-            found.append(Launch(_lse_kernel, b * heads * chunks * blocks, first, config.num_warps, registers))
+            found.append(Launch(_lse_kernel, b * heads * chunks * blocks, first, config.num_warps, config.registers))
     second = shared | sums_of_keys | {
         "lse": lse, "maxima": maxima, "sums": sums, "out": out, "similarity": similarity.out if parts is not None else None,
         "GROUP_REDUCE": how.group_reduce, "WINDOW_REDUCE": how.window_reduce, "ONE": blocks == 1,
