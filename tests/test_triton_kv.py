@@ -45,10 +45,11 @@ HERE = Path(__file__).parent
         ("test_kv_scores.py", "triton-cpu and (published and 80 and clustered and not float64 or neighbour or pad_in or 16_bit)"),
         ("test_kv_select.py", "triton-cpu and not opcheck and not False-torch.bfloat16"),
         ("test_kv_align.py", "triton-cpu and loops and (None or mse)"),
+        ("test_kv_scores.py", "triton-cpu and given_lse and mean_probs and bfloat16"),
         ("test_kv_lazy.py", "triton-cpu and at_once"),
         ("test_triton_kv.py", "native"),
     ],
-    ids=["redundancy", "gather", "alignment", "recurrence", "seams"],
+    ids=["redundancy", "gather", "alignment", "importance", "recurrence", "seams"],
 )
 def test_under_the_interpreter(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -77,7 +78,7 @@ def importance_by_kernel(queries, keys, how, lse=None, window_mask=None, similar
 
     start, stop, mask, near_start, near_stop = (x[request] for x in spans(keys.shape[2]))
     heads = queries.shape[1] if how.group_reduce == "none" else keys.shape[1]
-    config = replace(CONFIG, **{"chunk": 64, "keys": 32, "queries": 32, "float_tile": 32} | config)
+    config = replace(CONFIG, **{"chunk": 64, "keys": 32, "queries": 32, "float_tile": 32, "float_step": 16} | config)
     found = []
     for kernel, device, dtype in ((True, DEVICE, torch.float32), (False, "cpu", torch.float64)):
         out, sums = (torch.empty(keys.shape[0], n, keys.shape[2], dtype=dtype, device=device) for n in (heads, keys.shape[1]))
