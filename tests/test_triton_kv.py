@@ -23,7 +23,9 @@ from distilkernels.primitives.key_redundancy import launched as redundant
 from distilkernels.primitives.key_redundancy import reference as redundancy
 from distilkernels.primitives.kv_align import Distance
 from distilkernels.primitives.kv_align import launched as aligned
+from distilkernels.primitives.kv_align import reference as alignment
 from distilkernels.primitives.kv_gather import Rotation, gather
+from distilkernels.primitives.kv_gather import reference as gathered
 from distilkernels.primitives.window_importance import Scoring, Similarity
 from distilkernels.primitives.window_importance import launched as window_scores
 from distilkernels.primitives.window_importance import reference as importance
@@ -43,10 +45,11 @@ HERE = Path(__file__).parent
         ("test_kv_scores.py", "triton-cpu and (published and 80 and clustered and not float64 or neighbour or pad_in or 16_bit)"),
         ("test_kv_select.py", "triton-cpu and not opcheck and not False-torch.bfloat16"),
         ("test_kv_align.py", "triton-cpu and loops and (None or mse)"),
+        ("test_kv_scores.py", "triton-cpu and given_lse and mean_probs and bfloat16"),
         ("test_kv_lazy.py", "triton-cpu and at_once"),
         ("test_triton_kv.py", "native"),
     ],
-    ids=["redundancy", "gather", "alignment", "recurrence", "seams"],
+    ids=["redundancy", "gather", "alignment", "importance", "recurrence", "seams"],
 )
 def test_under_the_interpreter(file, selection):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -75,7 +78,7 @@ def importance_by_kernel(queries, keys, how, lse=None, window_mask=None, similar
 
     start, stop, mask, near_start, near_stop = (x[request] for x in spans(keys.shape[2]))
     heads = queries.shape[1] if how.group_reduce == "none" else keys.shape[1]
-    config = replace(CONFIG, **{"chunk": 64, "keys": 32, "queries": 32, "float_queries": 16} | config)
+    config = replace(CONFIG, **{"chunk": 64, "keys": 32, "queries": 32, "float_tile": 32, "float_step": 16} | config)
     found = []
     for kernel, device, dtype in ((True, DEVICE, torch.float32), (False, "cpu", torch.float64)):
         out, sums = (torch.empty(keys.shape[0], n, keys.shape[2], dtype=dtype, device=device) for n in (heads, keys.shape[1]))
@@ -98,13 +101,23 @@ def assert_scores(got, exact, similar=True):
 
 
 @on_triton
-@pytest.mark.parametrize("how", [("max_logits", "mean", True), ("max_probs", "max", False), ("none", "sum", False), ("mean_probs", "mean", True)], ids=str)
-def test_native_chunks_of_keys_and_blocks_of_queries(how):
+@pytest.mark.parametrize(
+    "how,dtype,d,config",
+    [
+        (("max_logits", "mean", True), torch.bfloat16, 80, {}),
+        (("max_probs", "max", False), torch.float32, 80, {}),
+        # rows of no alignment, and of more features than pass through the registers at once: the cosine sums have passes of their own
+        (("none", "sum", False), torch.bfloat16, 75, {}),
+        (("mean_probs", "mean", True), torch.float16, 80, {"widest": 64, "wide_step": 32}),
+    ],
+    ids=["whole_rows", "float32", "odd_rows", "wide_rows"],
+)  # fmt: skip
+def test_native_chunks_of_keys_and_blocks_of_queries(how, dtype, d, config):
     """Several of both, a group that is no power of two, padding, a causal window, and the cosine sums of another span."""
     g = torch.Generator().manual_seed(2)
-    queries, keys = (torch.randn(2, 6, 9, 80, generator=g) * 2).bfloat16(), torch.randn(2, 2, 103, 80, generator=g).bfloat16()
+    queries, keys = (torch.randn(2, 6, 9, d, generator=g) * 2).to(dtype), torch.randn(2, 2, 103, d, generator=g).to(dtype)
     heard = torch.rand(2, 9, generator=g) > 0.3
-    got, exact = importance_by_kernel(queries, keys, Scoring(0.11, *how), window_mask=heard)
+    got, exact = importance_by_kernel(queries, keys, Scoring(0.11, *how), window_mask=heard, **config)
     assert_scores(got, exact)
 
 
@@ -126,13 +139,25 @@ def test_native_rising_logits_and_the_sums_beside_a_given_lse():
 
 
 @on_triton
+def test_native_a_request_is_alone():
+    """The same bits twice, and without the other request."""
+    queries, keys = torch.randn(2, 4, 9, 64).bfloat16(), torch.randn(2, 2, 203, 64).bfloat16()
+    how = Scoring(0.2, "max_probs")
+    (whole, _), (again, _), (alone, _) = (
+        importance_by_kernel(queries[r], keys[r], how, request=r) for r in (slice(None), slice(None), slice(1, 2))
+    )  # fmt: skip
+    for a, b, c in zip(whole, again, alone):
+        assert torch.equal(a, b) and torch.equal(a[1:], c)
+
+
+@on_triton
 @pytest.mark.parametrize("kind", ["random", "clustered", "few"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_native_last_neighbours_are_those_of_all_pairs(kind, dtype):
-    """Several tiles and chunks, with neighbours and without; "few": one key in ten has one."""
+    """Several tiles and chunks, with neighbours and without; "few": one key in ten has one, and rows have no alignment."""
     from distilkernels.kernels.key_redundancy import CONFIG, launches
 
-    t, d, threshold = 333, 48, 0.5
+    t, d, threshold = 203, 45 if kind == "few" else 48, 0.5
     keys = listing.keys_of("random" if kind == "few" else kind, 2, 2, t, d)
     if kind == "few":
         places = torch.randperm(t, generator=torch.Generator().manual_seed(4))[:34]
@@ -144,7 +169,7 @@ def test_native_last_neighbours_are_those_of_all_pairs(kind, dtype):
         make = lambda kind, device=device: torch.empty(2, 2, t, dtype=kind, device=device)
         out = Redundancy(make(floats), make(torch.int32), make(floats))
         if floats == torch.float32:
-            for launch in launches(*on_device(keys, start, stop, mask), threshold, out, replace(CONFIG, chunk=128, columns=64)):
+            for launch in launches(*on_device(keys, start, stop, mask), threshold, out, replace(CONFIG, chunk=128, columns=64, float_step=16)):
                 launch.run()
         else:
             redundancy(keys.double(), start, stop, mask, threshold, out)
@@ -160,6 +185,54 @@ def test_native_last_neighbours_are_those_of_all_pairs(kind, dtype):
     torch.testing.assert_close(got.similarity.double(), want.similarity, rtol=1e-5, atol=1e-4)
 
 
+@on_triton
+@pytest.mark.parametrize("how", [("smooth_l1", None), ("mse", "inputs"), ("l1", "layer_std"), ("cosine", None)], ids=str)
+def test_native_tiles_of_a_pair(how):
+    """Pairs of three shapes and two pairs of dtypes, more tiles than programs, rows wider than a tile, no mask beside a mask."""
+    from distilkernels.kernels.kv_align import CONFIG, launches
+
+    shapes = [(2, 3, 11, 40), (1, 2, 5, 130), (2, 1, 7, 8)]
+    g = torch.Generator().manual_seed(5)
+    make = lambda dtype: [(torch.randn(shape, generator=g) * 2 + 1).to(dtype) for shape in shapes]
+    student, teacher = make(torch.float32) + make(torch.bfloat16), make(torch.float32) + make(torch.float32)
+    masks = [None if i % 2 else torch.rand(s.shape[:3], generator=g) > 0.3 for i, s in enumerate(student)]
+    coef = torch.tensor([0.5, 1.0, 0.0, 3.0, 1.0, 0.25], dtype=torch.float64)
+    distance = Distance(how[0], 0.7, how[1])
+    grads, sums = [torch.empty_like(s, device=DEVICE) for s in student], torch.empty(6, dtype=torch.float64, device=DEVICE)
+    config = replace(CONFIG, tile=512, widest=64, programs=9)
+    sides = on_device(*student), on_device(*teacher), on_device(*masks)
+    for launch in launches(*sides, distance, coef.to(DEVICE), sums, grads, config):
+        launch.run()
+    exact, wanted = torch.empty(6, dtype=torch.float64), [torch.empty_like(s, dtype=torch.float64) for s in student]
+    alignment([s.double() for s in student], [x.double() for x in teacher], masks, distance, coef, exact, wanted)
+    torch.testing.assert_close(sums.cpu(), exact, rtol=2e-6, atol=1e-6)
+    for got, want in zip(grads, wanted):
+        slack = 4e-3 if got.dtype == torch.bfloat16 else 3e-6
+        torch.testing.assert_close(got.double().cpu(), want, rtol=slack, atol=slack * float(want.abs().max()) * (1 if slack > 1e-3 else 0.1))
+
+
+@on_triton
+def test_native_a_head_is_compacted_over_itself():
+    """Many chunks in place, turned and not, in rows that overlap what is read next."""
+    from distilkernels.kernels.kv_gather import CONFIG, launch
+
+    t, m, d = 97, 61, 24
+    keys, values = torch.randn(2, 2, t, d), torch.randn(2, 2, t, 40).bfloat16()
+    indices = torch.stack([torch.randperm(t)[:m].sort().values for _ in range(4)]).view(2, 2, m).int()
+    indices[1, 1, 50:] = -1
+    table = torch.arange(t)[:, None] * torch.tensor([1.0, 0.3, 0.1])
+    to = torch.arange(m, dtype=torch.int32).expand(2, 2, m).contiguous()
+    for rotation in (None, Rotation(table.cos(), table.sin(), indices.clamp(min=0), to, False)):
+        want = [torch.empty(2, 2, m, x.shape[3], dtype=x.dtype) for x in (keys, values)]
+        gathered(keys, values, indices, rotation, *want)
+        k, v = (x.to(DEVICE).clone() for x in (keys, values))
+        turned = rotation and Rotation(*on_device(*rotation))
+        config = replace(CONFIG, inplace_chunk_bytes=512)
+        launch(k, v, indices.to(DEVICE), turned, k[:, :, :m], v[:, :, :m], True, config).run()
+        torch.testing.assert_close(k[:, :, :m].cpu(), want[0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(v[:, :, :m].cpu(), want[1]) and torch.equal(k[:, :, m:].cpu(), keys[:, :, m:])
+
+
 # ----------------------------------------------------------------------------------------- ahead of time
 
 
@@ -169,7 +242,6 @@ def meta(*shape, dtype=torch.bfloat16):
 
 def gather_case(dtype, values_dtype=None, half=0, inplace=False, d=128, dv=128, target=True):
     from distilkernels.kernels.kv_gather import launch
-
 
     keys, values, indices = meta(8, 8, 8192, d, dtype=dtype), meta(8, 8, 8192, dv, dtype=values_dtype or dtype), meta(8, 8, 2048, dtype=torch.int32)
     out = [x[:, :, :2048] if inplace else meta(8, 8, 2048, x.shape[3], dtype=x.dtype) for x in (keys, values)]
@@ -230,9 +302,25 @@ VARIANTS = {
     "align-odd_width": lambda: align_case("smooth_l1", "layer_std", d=1537, grads=False),
     "redundancy": lambda: redundancy_case(torch.bfloat16),
     "redundancy-padded": lambda: redundancy_case(torch.bfloat16, 80),
+    "redundancy-float32": lambda: redundancy_case(torch.float32, masked=False),
+    "redundancy-widest": lambda: redundancy_case(torch.float16, 256)[-1:],
     "importance-max_logits": lambda: importance_case(torch.bfloat16, "max_logits"),
+    "importance-max_probs": lambda: importance_case(torch.bfloat16, "max_probs", 64, d=80),
+    "importance-mean_probs": lambda: importance_case(torch.float16, "mean_probs", 8, 7, d=256),
+    "importance-none": lambda: importance_case(torch.bfloat16, "none", causal=True, given=True)[-1:],
+    "importance-float32": lambda: importance_case(torch.float32, "max_logits", 8),
     "recurrence": lambda: recurrence_case(torch.float32),
     "recurrence-prefill": lambda: recurrence_case(torch.bfloat16, 32),
+}
+# where registers were shortest, on the device where they were
+CORNERS = {
+    "redundancy-no_alignment": (80, lambda: redundancy_case(torch.bfloat16, 70, masked=False)[-1:]),
+    "redundancy-float32-no_alignment": (100, lambda: redundancy_case(torch.float32, 33, masked=False)[-1:]),
+    "redundancy-wider": (80, lambda: redundancy_case(torch.bfloat16, 512)[-1:]),
+    "importance-few_queries": (100, lambda: importance_case(torch.bfloat16, "max_probs", 8, d=64)),
+    "importance-blocks": (100, lambda: importance_case(torch.bfloat16, "mean_probs", 64, d=64, causal=True)),
+    "importance-no_alignment": (100, lambda: importance_case(torch.bfloat16, "none", d=70, causal=True)),
+    "importance-float32-widest": (80, lambda: importance_case(torch.float32, "none", d=256, causal=True)),
 }
 # kernels bound by memory, which should read it 16 bytes at a time
 _WIDE = ("_gather_kernel", "_recurrence_kernel", "_terms_kernel", "_moments_kernel", "_unit_kernel", "_similarity_kernel")
@@ -245,6 +333,13 @@ def test_compiles_without_spills(variant, tmp_path, record_property):
     for launch, kernel, name in built(VARIANTS[variant](), tmp_path, record_property):
         if launch.kernel.__name__ in _WIDE and "odd" not in variant:
             assert re.search(r"(ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg)", kernel.asm["ptx"]), f"{name}: no 16-byte loads"
+
+
+@compiled
+@pytest.mark.parametrize("corner", CORNERS)
+def test_corners_compile_without_spills(corner, tmp_path, record_property):
+    capability, launches = CORNERS[corner]
+    assert list(built(launches(), tmp_path, record_property, (capability,)))
 
 
 # ----------------------------------------------------------------------------------------------- on a device

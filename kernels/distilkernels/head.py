@@ -91,17 +91,23 @@ def row_strides(rows: Tensor) -> tuple[int, int]:
 
 
 class Launch(NamedTuple):
-    """One kernel launch as a value: run by the launchers, compiled ahead of time by the tests."""
+    """One kernel launch as a value: run by the launchers, compiled ahead of time by the tests.
+
+    ``max_registers``: of a thread. ptxas takes what a kernel needs up to there; unasked, it prefers spilling a few registers to
+    one program less on a multiprocessor.
+    """
 
     kernel: object
     programs: int
     arguments: dict[str, object]
     num_warps: int
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, object]:
         """The compiler's: fp fusion is named because its default differs between triton's releases."""
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def run(self) -> None:
         self.kernel[(self.programs,)](**self.arguments, **self.options)

@@ -7,6 +7,7 @@
 Bytes at B = 8, H = 8, T = 8,192, D = 128 in 16 bits: 134 MB twice, 31 µs each at 4.3 TB/s, the second less by what L2 holds (30 to
 40 MB of them): 55 µs for "kava". The scan's products are of the keys as they are, exact in 16 bits, and scaled afterwards. Where
 every row meets a neighbour in its first tile it costs 64·T·D·2 FLOPs a head, 9 GFLOP in all; where none does, T/64 times as many.
+Rows that do not fit the registers (float32, and D > 256) come again for each tile, a few features at a time.
 """
 
 from __future__ import annotations
@@ -34,12 +35,33 @@ class Config:
     tile: int = 4096
     # a chunk's part of ŝ is written once and read by every chunk of the head: 512 keys to one row of them
     chunk: int = 512
-    # a warpgroup's 64 rows and 32 registers a thread of cosines: 128 columns spill on older devices; float32 goes without tensor
-    # cores and wants less; keys wider than 128 are shared by twice the warps
+    # the scan: a warpgroup's 64 rows and 32 registers a thread of cosines; 128 columns spill on older devices
     rows: int = 64
     columns: int = 64
-    wide_rows: int = 32
+    # 256 features of 64 rows and 64 columns spill on 4 warps and, with mma.sync, on 8
     wide_columns: int = 32
+    # wider rows would fill the registers: both sides come again, 64 KB from L2 for 64·64 cosines of 256 features instead of 32
+    widest: int = 256
+    wide_step: int = 128
+    # rows of no alignment are read two bytes at a time, with an address for each
+    odd_step: int = 32
+    # float32 goes without tensor cores: the operands of 8 features are 64 registers a thread of 4 warps, beside 16 cosines; 16
+    # features or 64 columns spill where rows have no alignment
+    float_columns: int = 32
+    float_step: int = 8
+    registers: int = 255
+
+    def scan(self, dtype: torch.dtype, width: int, aligned: bool) -> tuple[int, int, int, int | None]:
+        """Columns of a tile, features of a step, warps and the most registers of a thread."""
+        if dtype == torch.float32:
+            return self.float_columns, self.float_step, self.num_warps, self.registers
+        if not aligned:
+            return self.columns, min(self.odd_step, width), self.num_warps, self.registers
+        if width <= 128:
+            return self.columns, width, self.num_warps, None
+        if width <= self.widest:
+            return self.wide_columns, width, 2 * self.num_warps, None
+        return self.columns, self.wide_step, self.num_warps, None
 
 
 CONFIG = Config()
@@ -55,9 +77,9 @@ def counted_keys(start, stop, mask, b, place, t):
 
 
 @triton.jit
-def key_tile(line, place, some, d, stride_t, WIDTH: tl.constexpr):
-    """Rows of keys, 0 where `some` is false and behind the last feature."""
-    feature = tl.arange(0, WIDTH)
+def key_tile(line, place, some, d, stride_t, WIDTH: tl.constexpr, first=0):
+    """Rows of keys from feature `first`, 0 where `some` is false and behind the last feature."""
+    feature = first + tl.arange(0, WIDTH)
     at = place.to(tl.int64)[:, None] * stride_t + feature[None, :]
     return tl.load(line + at, mask=some[:, None] & (feature < d)[None, :], other=0.0)
 
@@ -133,9 +155,9 @@ def _first_counted(start, mask, b, t, TILE: tl.constexpr):
 @triton.jit
 def _neighbour_kernel(
     keys, start, stop, mask, scales, last, cosine, threshold, heads, t, d, blocks, stride_b, stride_h, stride_t,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Program = (head, block of ROWS)."""
+    """Program = (head, block of ROWS). Rows stay where they are if a step is the whole width; else both sides come STEP features at a time."""
     program = tl.program_id(0)
     head = (program // blocks).to(tl.int64)
     b = head // heads
@@ -143,7 +165,8 @@ def _neighbour_kernel(
     scales += head * t
     row = program % blocks * ROWS + tl.arange(0, ROWS)
     counted = counted_keys(start, stop, mask, b, row, t)
-    k = key_tile(line, row, counted, d, stride_t, WIDTH)
+    if STEP == WIDTH:
+        k = key_tile(line, row, counted, d, stride_t, WIDTH)
     scale = tl.load(scales + row, mask=row < t, other=0.0)
     neighbour, value = tl.full([ROWS], -1, tl.int32), tl.zeros([ROWS], tl.float32)
     lowest = tl.load(start + b) - COLUMNS
@@ -153,8 +176,14 @@ def _neighbour_kernel(
         column = left + tl.arange(0, COLUMNS)
         # a key that does not count has cosine 0 with all, and no threshold is below that
         other_scale = tl.load(scales + column, mask=column < t, other=0.0)
-        other = key_tile(line, column, other_scale != 0, d, stride_t, WIDTH)
-        c = _dot(k, tl.trans(other), tl.zeros([ROWS, COLUMNS], tl.float32)) * scale[:, None] * other_scale[None, :]
+        c = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if STEP == WIDTH:
+            c = _dot(k, tl.trans(key_tile(line, column, other_scale != 0, d, stride_t, WIDTH)), c)
+        else:
+            for feature in range(0, d, STEP):
+                part = key_tile(line, row, counted, d, stride_t, STEP, feature)
+                c = _dot(part, tl.trans(key_tile(line, column, other_scale != 0, d, stride_t, STEP, feature)), c)
+        c = c * scale[:, None] * other_scale[None, :]
         near = (c > threshold) & (row[:, None] != column[None, :])
         hit = tl.max(tl.where(near, column[None, :], -1), 1)
         taken = (neighbour < 0) & (hit >= 0)
@@ -164,9 +193,12 @@ def _neighbour_kernel(
         left -= COLUMNS
     if open > 0:
         first = _first_counted(start, mask, b, t, COLUMNS)
-        feature = tl.arange(0, WIDTH)
-        lone = tl.load(line + first.to(tl.int64) * stride_t + feature, mask=feature < d, other=0.0).to(tl.float32)
-        c = tl.sum(k.to(tl.float32) * lone[None, :], 1) * scale * tl.load(scales + first)
+        c = tl.zeros([ROWS], tl.float32)
+        for begin in range(0, d, STEP):
+            feature = begin + tl.arange(0, STEP)
+            lone = tl.load(line + first.to(tl.int64) * stride_t + feature, mask=feature < d, other=0.0).to(tl.float32)
+            c += tl.sum(key_tile(line, row, counted, d, stride_t, STEP, begin).to(tl.float32) * lone[None, :], 1)
+        c = c * scale * tl.load(scales + first)
         alone = neighbour < 0
         value = tl.where(alone, tl.where(row == first, 0.0, c), value)
         neighbour = tl.where(alone, first, neighbour)
@@ -175,6 +207,11 @@ def _neighbour_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ host
+
+
+def aligned(rows: Tensor) -> bool:
+    """Whether the compiler will know that each row starts at 16 bytes and ends at 16 elements, and read it by as many."""
+    return rows.data_ptr() % 16 == 0 and not any(size % 16 for size in (rows.shape[-1], *rows.stride()[:-1]))
 
 
 def launches(
@@ -195,11 +232,10 @@ def launches(
     if out.similarity is not None:
         found.append(Launch(_similarity_kernel, programs, tiled | {"similarity": out.similarity, "programs": programs}, config.num_warps))
     if out.last is not None:
-        wide = keys.dtype == torch.float32
-        rows, columns = (config.wide_rows, config.wide_columns) if wide else (config.rows, config.columns)
-        blocks = triton.cdiv(t, rows)
-        scan = {"last": out.last, "cosine": out.cosine, "threshold": threshold, "blocks": blocks, "ROWS": rows, "COLUMNS": columns}
-        found.append(Launch(_neighbour_kernel, b * heads * blocks, shared | span | scan, config.num_warps * (2 if width > 128 else 1)))
+        columns, step, num_warps, registers = config.scan(keys.dtype, width, aligned(keys))
+        blocks = triton.cdiv(t, config.rows)
+        scan = {"last": out.last, "cosine": out.cosine, "threshold": threshold, "blocks": blocks, "ROWS": config.rows, "COLUMNS": columns, "STEP": step}
+        found.append(Launch(_neighbour_kernel, b * heads * blocks, shared | span | scan, num_warps, registers))
     return found
 
 
