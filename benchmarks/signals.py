@@ -96,7 +96,7 @@ def from_logits(z: Tensor, ids: Tensor, device: str, with_compile: bool) -> list
     made += [Contender("eager", lambda: eager_signals(z, ids)), Contender("eager with gradient", trained(eager_signals, z, ids))]
     if with_compile:
         compiled = torch.compile(eager_signals, dynamic=False)
-        check("torch.compile", compiled(z, ids), z, ids, 2e-4)
+        check("torch.compile", compiled(z, ids), z, ids, 1e-3)  # sums of 151,936 float32 numbers in a row
         made.append(Contender("torch.compile", lambda: compiled(z, ids)))
     return made
 
