@@ -183,7 +183,9 @@ def from_hidden(shape: tuple[int, int, int], dtype: torch.dtype, device: str, qu
         (got, _), exact = run(), hidden[:2].double().requires_grad_()
         loss = eager_linear(exact, weight.double(), theirs[:2].double(), their_weight.double(), divergence)
         (want,) = torch.autograd.grad(loss * 2 / n, exact)
-        error, limit = ((got[:2].double() - want).norm() / want.norm()).item(), 1e-4 if dtype == torch.float32 else 5e-2
+        error = ((got[:2].double() - want).norm() / want.norm()).item()
+        # a peer's probabilities are float32 exponentials of rounded log-softmaxes
+        limit = 5e-2 if dtype != torch.float32 else 1e-4 if name.startswith("ours") else 1e-3
         assert error < limit, f"{name}: relative error of d hidden {error:.2e} is above {limit}"
         made.append(Contender(name, run))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 # PyTorch's default, pinned: with 1 its large blocks ask for huge pages, which helps what allocates most (eager).
@@ -34,19 +35,28 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
 
     about = environment(args.device)  # before a suite changes the instruction set
     suite = importlib.import_module(f".{args.suite}", __package__)
-    with tqdm(total=1, unit="run", leave=False, mininterval=1) as progress:
-        rows = list(suite.bench(args.device, args.repeats, args.quick, progress))
-    table = pd.DataFrame(rows)
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for keys, part in table.groupby(list(suite.GROUP), sort=False):
-        print("\n" + "  ".join(f"{name}={value}" for name, value in zip(suite.GROUP, keys)))
-        print(part.drop(columns=list(suite.GROUP)).to_string(index=False, na_rep="-"))
-    if not args.no_save:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{args.suite}-{args.device}.csv"
-        table.assign(**about).to_csv(path, mode="a", header=not path.exists(), index=False)
-        print(f"\nappended to {path}")
+    rows = []
+    try:
+        with tqdm(total=1, unit="run", leave=False, mininterval=1) as progress:
+            for row in suite.bench(args.device, args.repeats, args.quick, progress):
+                rows.append(row)
+    finally:  # what was measured before a check failed, or a person lost patience, is kept
+        table = pd.DataFrame(rows)
+        if rows:
+            report(table, suite.GROUP, about)
+        if rows and not args.no_save:
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / f"{args.suite}-{args.device}.csv"
+            table.assign(**about).to_csv(path, mode="a", header=not path.exists(), index=False)
+            print(f"\nappended to {path}")
     return table
+
+
+def report(table: pd.DataFrame, group: Sequence[str], about: dict) -> None:
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    for keys, part in table.groupby(list(group), sort=False):
+        print("\n" + "  ".join(f"{name}={value}" for name, value in zip(group, keys)))
+        print(part.drop(columns=list(group)).to_string(index=False, na_rep="-"))
 
 
 if __name__ == "__main__":
