@@ -1,7 +1,7 @@
 """A dense teacher: divergences of two whole rows, forward and backward; behind two lm_heads; and a teacher of weighted samples.
 
 Bytes on logits: forward KL, reverse KL, JSD, total variation and alpha-beta read both rows in the forward, read them again and
-write d logits in the backward, 5·N·V·itemsize. What runs on blocks of rows (ToDi) takes its gradient in the forward while the
+write d logits in the backward, 5·N·V·itemsize. What runs on blocks of rows (adaptive KL) takes its gradient in the forward while the
 block is in a cache, 3·N·V·itemsize, and in place from the blocks again, 5·N·V·itemsize. FLOPs: about 40 an entry, those with a
 second look 70 to 100. The floor is those bytes at the rate of a copy measured in the same run. From hidden states: three products of
 2·N·V·H of the student and one of the teacher, gradients in the forward (liger-kernel's are too); the floor is those four
@@ -35,8 +35,8 @@ TOKENS = (64, 128, 256, 512, 1024)
 MEMORY_VOCAB = 40_000
 # the GKD form by its share of the teacher, where a divergence has one
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}
-SUMS = ("total_variation", "alpha_beta")
-BLOCKS = ("todi",)
+SUMS = ("total_variation", "alpha_beta", "todi")
+BLOCKS = ("adaptive_kl",)
 
 
 def eager_loss(z: Tensor, t: Tensor, divergence: str) -> Tensor:
@@ -56,6 +56,8 @@ def eager_loss(z: Tensor, t: Tensor, divergence: str) -> Tensor:
     if divergence == "todi":
         w = torch.sigmoid(log_p - log_q).detach()
         return (w * log_p.exp() * (log_p - log_q) + (1 - w) * log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    if divergence == "adaptive_kl":
+        return dk.divergences.AdaptiveKL()(log_p, log_q).mean()
     # α = β = ½: 4·(1 − Σ √(p·q))
     return 4 * (1 - (0.5 * (log_p + log_q)).exp().sum(-1)).mean()
 

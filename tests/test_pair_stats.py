@@ -108,7 +108,7 @@ LOOKS = ("prime", "one_column", "masked", "softcap", "valid_vocab")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("backend,device", servers("pair_stats"))
-@pytest.mark.parametrize("second", ["power", "distance"])
+@pytest.mark.parametrize("second", ["power", "distance", "balance"])
 def test_second_look(second, backend, device, dtype):
     if backend == "triton" and dtype == F64:
         return  # refused, above
@@ -131,6 +131,7 @@ def test_instruction_sets(name, dtype):
             if case.name in LOOKS:
                 compare(case, dtype, "cpp", "cpu", "power")
                 compare(case, dtype, "cpp", "cpu", "distance")
+                compare(case, dtype, "cpp", "cpu", "balance")
     finally:
         cpp.set_isa(best)
 
@@ -156,6 +157,8 @@ def test_the_reference_is_the_definition():
         torch.testing.assert_close(s.power_gap, 1 - (p ** share[:, None] * q ** (1 - share[:, None])).sum(-1))
     s = PairStats(*pair_stats(z, t, None, w, Sides(Head(), Head(), second="distance"), backend="reference").unbind(-1))
     torch.testing.assert_close(s.distance, (p - q).abs().sum(-1))
+    s = PairStats(*pair_stats(z, t, None, w, Sides(Head(), Head(), second="balance"), backend="reference").unbind(-1))
+    torch.testing.assert_close(s.balance, s.forward_kl + s.reverse_kl)
 
 
 @pytest.mark.parametrize("second", ["mixture", "power", "distance"])
@@ -214,10 +217,10 @@ def test_powers_and_distances_of_close_and_far_rows(backend, device):
     assert 1e-11 < exact.min() and exact.max() < 2e-7
     if backend != "reference":
         torch.testing.assert_close(looked(z, t, w, "power", backend), exact, rtol=2e-3, atol=1e-11)
-        equal = looked(z, z, w, "power", backend).abs().max(), looked(z, z, w, "distance", backend).abs().max()
-        assert max(equal) == 0
+        assert all((looked(z, z, w, second, backend) == 0).all() for second in ("power", "distance", "balance"))
     p, q = t.double().softmax(-1), z.double().softmax(-1)
     torch.testing.assert_close(looked(z, t, w, "distance", backend), (p - q).abs().sum(-1), rtol=3e-4, atol=0)
+    torch.testing.assert_close(looked(z, t, w, "balance", backend), ((p - q) * (p / q).log()).sum(-1), rtol=1e-3, atol=0)
     # p²/q where q is e^−100 of p, and where it is 0; 0 where p is
     z, t = torch.zeros(3, 70), torch.zeros(3, 70)
     z[0, 3], t[0, 40] = 60.0, 30.0

@@ -67,7 +67,7 @@ SIDES = {
     "scaled": Sides(Head(0.7, 1.3, None, None), Head(0.7, 1.0, 11.0), with_t1=True),
 }
 VALID = Sides(Head(valid_vocab=151_669), Head())
-LOOKS = {"plain": ("", "power", "distance"), "heads": ("mixture", "power"), "scaled": ("", "mixture", "distance")}
+LOOKS = {"plain": ("", "power", "distance"), "heads": ("mixture", "power", "balance"), "scaled": ("", "mixture", "distance")}
 DTYPES = ((torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16))
 
 
@@ -199,7 +199,9 @@ VARIANTS = {
     "forward-valid-columns": lambda: forward_case(BF16, "valid", "mixture"),
     "backward-valid-columns": lambda: backward_case(BF16, "valid", "mixture"),
     "backward-float32": lambda: backward_case(F32),
+    "balance-bfloat16": lambda: forward_case(BF16, second="balance")[2:],
     "backward-power": lambda: backward_case(BF16, second="power"),
+    "backward-balance": lambda: backward_case(BF16, second="balance"),
     "backward-distance-odd": lambda: backward_case(F32, "heads", "distance"),
     "backward-mixture": lambda: backward_case(BF16, second="mixture"),
     "backward-softcap-odd": lambda: backward_case(F32, "heads", "mixture"),

@@ -200,6 +200,25 @@ struct Apart {
     }
 };
 
+// (p − q)·log(p/q) and q·r·log(q/p), r = q/(p + q), at an entry.
+template <class V>
+struct Balance {
+    using F = typename V::F;
+    F divergence, tilt;
+
+    Balance(F log_p, F log_q) {
+        const F gap = log_p - log_q, zero = V::set(0), one = V::set(1);
+        F top = V::max(log_p, log_q);
+        const F high = exp_clamped(V(), top);
+        const auto counts = V::gt(high, zero), teachers = V::gt(gap, zero);
+        F below = V::keep(counts, -V::abs(gap)), near = below;  // each call clamps its own
+        const F drop = expm1_clamped(V(), near), ratio = drop + one;
+        divergence = V::keep(counts, high * drop * below);
+        const F students_less = V::keep(V::gt(ratio, zero), ratio * ratio * below);  // 0 times −inf
+        tilt = V::keep(counts, high * V::select(teachers, students_less, -below) / (one + ratio));
+    }
+};
+
 // Σ w·p + (1 − w)·q − p^w·q^{1−w} of a piece, added to `sums`.
 template <class V, bool within>
 void add_powers(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse, double w) {
@@ -222,6 +241,19 @@ void add_distance(double* sums, const typename V::S* t, const typename V::S* z, 
     }
     sums[0] += V::sum(distance);
     sums[3] += V::sum(signs);
+}
+
+// Σ (p − q)·log(p/q) and Σ q·r·log(q/p) of a piece, added to the first and last of `sums`.
+template <class V>
+void add_balance(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse) {
+    auto divergence = V::set(0), tilt = divergence;
+    for (int64_t c = 0; c < n; c += V::width) {
+        const Balance<V> at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
+        divergence = divergence + at.divergence;
+        tilt = tilt + at.tilt;
+    }
+    sums[0] += V::sum(divergence);
+    sums[3] += V::sum(tilt);
 }
 
 // Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r of a piece, added to `sums`.
@@ -303,7 +335,8 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
             fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
             if (a.second == Second::mixture) add_mixture<V>(out + 7, t, z, n, before_p, before_q, w);
             else if (a.second == Second::power) powers(out + 7, t, z, n, before_p, before_q, w);
-            else add_distance<V>(out + 7, t, z, n, before_p, before_q);
+            else if (a.second == Second::distance) add_distance<V>(out + 7, t, z, n, before_p, before_q);
+            else add_balance<V>(out + 7, t, z, n, before_p, before_q);
         }
     }
 }
@@ -353,6 +386,7 @@ struct PairGradient {
         } else {
             if constexpr (second == Second::power) found = f * powers.at(dt, dz);
             if constexpr (second == Second::distance) found = f * Apart<V>(dt, dz).signed_q;
+            if constexpr (second == Second::balance) found = f * Balance<V>(dt, dz).tilt;
             q = exp_clamped(V(), dz);
             p = exp_clamped(V(), dt);
         }
@@ -424,6 +458,7 @@ inline void pair_stats_backward(const PairStatsBackward& a, Scratch& s, int64_t 
                     case Second::mixture: return run(std::integral_constant<Second, Second::mixture>());
                     case Second::power: return run(std::integral_constant<Second, Second::power>());
                     case Second::distance: return run(std::integral_constant<Second, Second::distance>());
+                    case Second::balance: return run(std::integral_constant<Second, Second::balance>());
                 }
             });
         });

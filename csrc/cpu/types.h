@@ -134,11 +134,12 @@ constexpr int64_t kPairStats = 11;
 constexpr int64_t kPairCoefficients = 12;
 
 // What the second look at both rows is for.
-enum class Second : int { none, mixture, power, distance };
+enum class Second : int { none, mixture, power, distance, balance };
 
 // out [N, 11]: lse, teacher_lse, teacher_gap, student_gap, expected_logit, teacher_expected_logit, lse_t1 (lse itself unless
 // `with_t1`), and of the second look, `w` [N], teacher_to_mixture, student_to_mixture, Σ p·r, Σ q·r; or Σ w·p + (1 − w)·q −
-// p^w·q^{1−w}; or Σ |p − q|, 0, 0, Σ q·sign(q − p). What is not asked for is zero.
+// p^w·q^{1−w}; or Σ |p − q|, 0, 0, Σ q·sign(q − p); or Σ (p − q)·log(p/q), 0, 0, Σ q·r·log(q/p), r = q/(p + q). What is not asked for
+// is zero.
 // Both sides are double or neither is; their rows may be split differently, `head.columns` holds for both.
 struct PairStats {
     DType dtype, teacher_dtype;

@@ -79,3 +79,13 @@ def apart(log_p, log_q):
     high = exp(top)
     distance = -high * _expm1(tl.maximum(below, _FAR))
     return distance, tl.where(teachers, distance - high, tl.where(below < 0, high, 0.0))
+
+
+@triton.jit
+def balance(log_p, log_q):
+    """(p − q)·log(p/q), and q·r·log(q/p) with r = q/(p + q)."""
+    top, below, teachers, _ = _split(log_p, log_q)
+    high, drop = exp(top), _expm1(tl.maximum(below, _FAR))
+    counts, ratio = high > 0, drop + 1.0
+    tilt = tl.where(teachers, tl.where(ratio > 0, ratio * ratio * below, 0.0), -below) * high / (1.0 + ratio)
+    return tl.where(counts, high * drop * below, 0.0), tl.where(counts, tilt, 0.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..primitives.pair_stats import SECOND, Sides
 from .head import _SOFTCAP, Launch, exp, head_arguments, on_device_of, row_offset, row_strides, tempered, untempered
-from .pair_entries import apart, mixed, powers, two_parts
+from .pair_entries import apart, balance, mixed, powers, two_parts
 from .vocab_stats import _FAR, _INF, _NAN, _fold, _weighted
 
 
@@ -48,7 +48,7 @@ _TEACHERS, _BETWEEN, _SUM_T1 = tl.constexpr(4), tl.constexpr(8), tl.constexpr(9)
 # columns of the primitive's output and of the backward's coefficients
 _OUT, _COEF, _LOOKED = tl.constexpr(11), tl.constexpr(12), tl.constexpr(7)
 # what the second look is for
-_MIXTURE, _POWER, _DISTANCE = (tl.constexpr(SECOND.index(name)) for name in ("mixture", "power", "distance"))
+_MIXTURE, _POWER, _DISTANCE, _BALANCE = (tl.constexpr(SECOND.index(name)) for name in ("mixture", "power", "distance", "balance"))
 
 
 # ---------------------------------------------------------------------------------------------- device
@@ -193,7 +193,7 @@ def _second_kernel(
     scale, cap, inv_t, their_scale, their_cap,
     HEAD: tl.constexpr, THEIR_HEAD: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, VECTOR: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Of one span Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r; or what powers lack; or Σ |p − q| and, last, Σ q·sign(q − p)."""
+    """Of one span Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r; or what powers lack; or Σ |p − q| and, last, Σ q·sign(q − p); or of the balance."""
     program = tl.program_id(0)
     span = program % n_spans
     row = program // n_spans
@@ -221,10 +221,14 @@ def _second_kernel(
         elif LOOK == _POWER:
             _, lack = powers(log_p, log_q, w, rest)
             to_p += _fold(lack, VECTOR)
-        else:
+        elif LOOK == _DISTANCE:
             distance, signed = apart(log_p, log_q)
             to_p += _fold(distance, VECTOR)
             q_r += _fold(signed, VECTOR)
+        else:
+            both, tilt = balance(log_p, log_q)
+            to_p += _fold(both, VECTOR)
+            q_r += _fold(tilt, VECTOR)
     parts += (row * n_spans + span) * 4
     tl.store(parts, tl.sum(to_p.to(tl.float64), 0))
     tl.store(parts + 1, tl.sum(to_q.to(tl.float64), 0))
@@ -292,6 +296,9 @@ def _pair_backward_kernel(
             elif LOOK == _DISTANCE:
                 _, signed = apart(log_p, log_q)
                 grad = f * signed
+            elif LOOK == _BALANCE:
+                _, tilt = balance(log_p, log_q)
+                grad = tl.where(f != 0, f * tilt, 0.0)
         grad += tl.where(q > 0, q * (a + b * log_q + c * gap), 0.0) + d * p
         if T1:
             grad += e * exp((x1 - lse_t1) - low_t1)

@@ -1,6 +1,6 @@
 """Losses of a dense teacher: both rows whole, [N, V] log-softmaxes never.
 
-Forward and reverse KL, JSD, the skewed KLs, total variation and alpha-beta are a few sums over both rows
+Forward and reverse KL, JSD, the skewed KLs, total variation, alpha-beta and ToDi are a few sums over both rows
 (:mod:`.primitives.pair_stats`). Every other divergence runs on blocks of rows that fit into a cache, where its gradient is taken too.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergences import JSD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation
+from .divergences import JSD, AlphaBeta, Divergence, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, ToDi, TotalVariation
 from .linear import epilogue_gradient, refusing_twice, scaled
 from .losses import DistillStats, checked_cross_entropy, checked_pair, checked_parameters, two_terms
 from .primitives.boundary import functorch_refused, plain_eager, rows_of
@@ -31,6 +31,7 @@ _SECOND = {
     SkewReverseKL: ("mixture", lambda d: 1 - d.alpha),
     AlphaBeta: ("power", lambda d: d.alpha),
     TotalVariation: ("distance", lambda d: 0.0),
+    ToDi: ("balance", lambda d: 0.0),
 }
 _PAIRED = (ForwardKL, ReverseKL, *_SECOND)
 
@@ -48,6 +49,8 @@ def divergence_of_stats(divergence, s: PairStats, w: Tensor | None) -> Tensor:
         return s.forward_kl if type(divergence) is ForwardKL else s.reverse_kl
     if type(divergence) is TotalVariation:
         return 0.5 * s.distance
+    if type(divergence) is ToDi:
+        return s.balance
     if type(divergence) is AlphaBeta:
         return s.power_gap / (w * (1 - w))
     to_p = torch.where(_ends(w), torch.where(w == 0, s.forward_kl, 0.0), s.teacher_to_mixture)
@@ -313,7 +316,7 @@ def distill_loss(
 ):
     """Divergence between two whole distributions, ``reduce(w · T² · D(p ‖ q))`` in nats; the gradient is the student's alone.
 
-    The KLs, JSD, total variation and alpha-beta take one read of both rows forward (all but forward and reverse KL a second look
+    The KLs, JSD, total variation, alpha-beta and ToDi take one read of both rows forward (all but forward and reverse KL a second look
     from the cache), and one more with the gradient's write backward. Any other divergence runs as plain PyTorch on blocks of
     rows that fit into a cache, and its gradient is taken there: in the forward for a scalar, in the backward (from the blocks
     again) with reduction="none", `inplace_backward` or float16 logits. Beside the arguments there exist one gradient [..., V]

@@ -217,7 +217,7 @@ int main() {
         }
         for (int64_t vocab : {1, 3, 33, 64, 2049, 4099}) {
             for (Head head : {Head{1, 1, 0, vocab}, Head{0.7, 1.5, 0, (vocab + 1) / 2}, Head{2, 1, 5, vocab}}) {
-                for (Second second : {Second::none, Second::mixture, Second::power, Second::distance}) {
+                for (Second second : {Second::none, Second::mixture, Second::power, Second::distance, Second::balance}) {
                     run_pair<float, bf16>(DType::f32, DType::bf16, 3, vocab, 1, head, second, 1e-5);
                     run_pair<bf16, float>(DType::bf16, DType::f32, 2, vocab, 0, head, second, 1e-5);
                     run_pair<f16, f16>(DType::f16, DType::f16, 1, vocab, 5, head, second, 1e-5);

@@ -8,13 +8,16 @@ row's own number:
     "mixture"   KL(p ‖ m) and KL(q ‖ m) to m = w·p + (1 − w)·q, w in (0, 1)
     "power"     Σ [w·p + (1 − w)·q − p^w·q^{1−w}], any w
     "distance"  Σ |p − q|
+    "balance"   Σ [(1 − r)·p·log(p/q) + r·q·log(q/p)], r = q/(p + q), which the gradient holds constant
 
-The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m, and one of the lines in brackets:
+The teacher is a constant. The student's gradient is one formula, with r = (1 − w)·q/m (w = ½ for "balance"), and one
+of the lines in brackets:
 
     dz_v = q_v·(A + B·log q_v + C·log(q_v/p_v)) + D·p_v + E·e^{T·z_v − lse_t1}
          + [F·p_v·r_v + G·q_v·log(q_v/m_v) + H·q_v·r_v]
          + [F·p_v^w·q_v^{1−w}]
          + [F·q_v·sign(q_v − p_v)]
+         + [F·q_v·r_v·log(q_v/p_v)]
 
 and the exact entry at a label, where one is given.
 """
@@ -33,8 +36,8 @@ from .head import Head
 from .memory import recycled_empty
 from .vocab_stats import gather_logits, row_dtype
 
-# the columns that kernels write; what "power" and "distance" sum is in teacher_to_mixture, the last two are for the backward alone:
-# Σ p·r and Σ q·r, or Σ q·sign(q − p) in student_share
+# the columns that kernels write; what the others than "mixture" sum is in teacher_to_mixture, the last two are for the backward alone:
+# Σ p·r and Σ q·r, or in student_share Σ q·sign(q − p) or Σ q·r·log(q/p)
 _KERNEL = (
     "lse", "teacher_lse", "teacher_gap", "student_gap", "expected_logit", "teacher_expected_logit", "lse_t1",
     "teacher_to_mixture", "student_to_mixture", "teacher_share", "student_share",
@@ -55,7 +58,7 @@ class PairStats(NamedTuple):
     ``expected_logit``           Σ q_v z_v; the student's entropy is lse minus it
     ``teacher_expected_logit``   Σ p_v t_v
     ``lse_t1``                   log Σ exp(T·z_v), the student's at temperature 1
-    ``teacher_to_mixture``       KL(p ‖ w·p + (1 − w)·q), or what :attr:`power_gap` or :attr:`distance` says; 0 where nothing was asked for
+    ``teacher_to_mixture``       KL(p ‖ w·p + (1 − w)·q), or what :attr:`power_gap`, :attr:`distance` or :attr:`balance` says; 0 where nothing was asked for
     ``student_to_mixture``       KL(q ‖ w·p + (1 − w)·q); 0 without a mixture
     ``label_logit``              z at the label; 0 where there is none
     ============================ ==============================================================================
@@ -92,9 +95,14 @@ class PairStats(NamedTuple):
         """Σ |p − q|, where "distance" was asked for."""
         return self.teacher_to_mixture
 
+    @property
+    def balance(self) -> Tensor:
+        """Σ [(1 − r)·p·log(p/q) + r·q·log(q/p)] = Σ (p − q)·log(p/q), where "balance" was asked for; r is no part of its gradient."""
+        return self.teacher_to_mixture
+
 
 # the numbers by which kernels know them
-SECOND = ("", "mixture", "power", "distance")
+SECOND = ("", "mixture", "power", "distance", "balance")
 
 
 class Sides(NamedTuple):
@@ -165,6 +173,10 @@ def reference(logits: Tensor, teacher: Tensor, w: Tensor | None, sides: Sides, o
         elif second == "distance":
             values["teacher_to_mixture"] = (p - q).abs().sum(-1)
             values["student_share"] = (q * (q - p).sign()).sum(-1)
+        elif second == "balance":
+            gap = log_q - log_p
+            values["teacher_to_mixture"] = _nothing_at_0((p > 0) | (q > 0), (q - p) * gap).sum(-1)
+            values["student_share"] = _tilt(log_p, log_q).sum(-1)
         out[block] = torch.stack([values[name] for name in _KERNEL], -1).to(out.dtype)
 
 
@@ -193,6 +205,12 @@ def _power(log_p: Tensor, log_q: Tensor, w: Tensor) -> Tensor:
     """p^w·q^{1−w}, 0 where both are."""
     nothing = (log_p == -math.inf) & (log_q == -math.inf)
     return (w * log_p + (1 - w) * log_q).masked_fill(nothing, -math.inf).exp()
+
+
+def _tilt(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q·r·log(q/p) with r = q/(p + q)."""
+    gap = log_q - log_p
+    return _nothing_at_0(log_q.exp(), gap.sigmoid() * gap)
 
 
 def reference_backward(logits: Tensor, teacher: Tensor, coef: Tensor, sides: Sides, second: str, out: Tensor) -> None:
@@ -226,6 +244,8 @@ def gradient(z: Tensor, t: Tensor, coef: Tensor, sides: Sides, second: str) -> T
         found = found + _nothing_at_0(f, _power(log_p, log_q, w))
     elif second == "distance":
         found = found + f * q * (q - p).sign()
+    elif second == "balance":
+        found = found + _nothing_at_0(f, _tilt(log_p, log_q))
     found = found * sides.student.chain(z)
     return torch.where(alone & (torch.stack([a, b, e], -1) == 0).all(-1), 0.0, found)
 
@@ -243,7 +263,7 @@ def coefficients(stats: Tensor, grads: Tensor, share: Tensor | None, sides: Side
     e = g.lse_t1 * sides.student.temperature
     if not sides.with_t1:
         a, e = a + g.lse_t1, zero
-    f, h, to_q, w = zero, zero, zero, zero
+    d, f, h, to_q, w = -g.teacher_gap, zero, zero, zero, zero
     second = sides.looks_for(share)
     if second:
         w = share
@@ -254,6 +274,10 @@ def coefficients(stats: Tensor, grads: Tensor, share: Tensor | None, sides: Side
     elif second == "distance":
         f = g.distance
         a = a - _nothing_at_0(f, s["student_share"])
+    elif second == "balance":
+        # q − p beside the tilt
+        f = g.balance
+        a, d = a + f - _nothing_at_0(f, s["student_share"]), d - f
     elif second == "mixture":
         to_p, to_q = g.teacher_to_mixture, g.student_to_mixture
         # −F·p·r − H·q·r = (w·p + (1 − w)·q)·r = (1 − w)·q where F = −w and H = w − 1, all of it in JSD: that part is taken out,
@@ -261,7 +285,7 @@ def coefficients(stats: Tensor, grads: Tensor, share: Tensor | None, sides: Side
         both = torch.where(to_p * to_q > 0, torch.minimum((to_p / w).abs(), (to_q / (1 - w)).abs()).copysign(to_p), zero)
         f, h = both * w - to_p, both * (1 - w) - to_q
         a = a - _nothing_at_0(f, s["teacher_share"]) - _nothing_at_0(h, s["student_share"]) - _nothing_at_0(to_q, s["student_to_mixture"])
-    return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, -g.teacher_gap, e, s["lse_t1"], f, to_q, h, w], -1)
+    return torch.stack([s["lse"], s["teacher_lse"], a, g.expected_logit, g.student_gap, d, e, s["lse_t1"], f, to_q, h, w], -1)
 
 
 def statistics(logits: Tensor, teacher: Tensor, labels: Tensor | None, w: Tensor | None, sides: Sides, backend: str | None) -> Tensor:
