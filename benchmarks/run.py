@@ -45,11 +45,18 @@ def main(argv: list[str] | None = None) -> pd.DataFrame:
         if rows:
             report(table, suite.GROUP, about)
         if rows and not args.no_save:
-            RESULTS.mkdir(exist_ok=True)
-            path = RESULTS / f"{args.suite}-{args.device}.csv"
-            table.assign(**about).to_csv(path, mode="a", header=not path.exists(), index=False)
-            print(f"\nappended to {path}")
+            print(f"\nappended to {keep(table.assign(**about), RESULTS / f'{args.suite}-{args.device}.csv')}")
     return table
+
+
+def keep(table: pd.DataFrame, path: Path) -> Path:
+    """Adds the rows to a file, whose columns become those of both."""
+    path.parent.mkdir(exist_ok=True)
+    if path.exists():
+        earlier = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.concat([earlier, table.astype(object).where(table.notna(), "")]).fillna("")
+    table.to_csv(path, index=False)
+    return path
 
 
 def report(table: pd.DataFrame, group: Sequence[str], about: dict) -> None:

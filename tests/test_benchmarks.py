@@ -67,3 +67,22 @@ def test_the_bound_of_a_block():
     assert suite.at_most(2.0, 0.5, 1.0, 10_000) == pytest.approx(1.25, rel=1e-3)
     # a second proposal breaks even at a = t / (t + s)
     assert suite.at_most(2.0, 0.5, 0.8, 2) == pytest.approx(1)
+
+
+def test_rows_outlive_a_failed_check_and_columns_join(monkeypatch, tmp_path, capsys):
+    from benchmarks import run, signals
+
+    def some(device, repeats, quick, progress):
+        yield dict.fromkeys(signals.GROUP, 1) | {"contender": "ours", "ms": 0.5, "GB/s": None if quick else 7.0}
+        raise AssertionError("the next is wrong")
+
+    monkeypatch.setattr(signals, "bench", some)
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    run.keep(run.pd.DataFrame([{"contender": "a, b", "GFLOP/s": 3}]), tmp_path / "signals-cpu.csv")
+    for options in (["--quick"], []):
+        with pytest.raises(AssertionError, match="the next is wrong"):
+            run.main(["signals", "--device", "cpu", *options])
+    assert "appended to" in capsys.readouterr().out
+    kept = run.pd.read_csv(tmp_path / "signals-cpu.csv")
+    assert kept["contender"].tolist() == ["a, b", "ours", "ours"] and kept["GFLOP/s"].tolist()[0] == 3
+    assert kept["GB/s"].isna().tolist() == [True, True, False] and kept["ms"].tolist()[1:] == [0.5, 0.5]
