@@ -184,27 +184,27 @@ struct Powers {
     }
 };
 
-// |p − q| and q·sign(q − p) at an entry.
+// |p − q| at an entry, and what is of it in the gradient: q·sign(q − p).
 template <class V>
 struct Apart {
     using F = typename V::F;
-    F distance, signed_q;
+    F value, slope;
 
     Apart(F log_p, F log_q) {
         const F gap = log_p - log_q, zero = V::set(0);
         F top = V::max(log_p, log_q);
         const F high = exp_clamped(V(), top);
         const auto counts = V::gt(high, zero), teachers = V::gt(gap, zero), students = V::gt(zero, gap);
-        distance = -(high * expm1_clamped(V(), V::keep(counts, -V::abs(gap))));
-        signed_q = V::select(teachers, distance - high, V::keep(students, high));
+        value = -(high * expm1_clamped(V(), V::keep(counts, -V::abs(gap))));
+        slope = V::select(teachers, value - high, V::keep(students, high));
     }
 };
 
-// (p − q)·log(p/q) and q·r·log(q/p), r = q/(p + q), at an entry.
+// (p − q)·log(p/q) at an entry, and what is of it in the gradient: q·r·log(q/p), r = q/(p + q).
 template <class V>
 struct Balance {
     using F = typename V::F;
-    F divergence, tilt;
+    F value, slope;
 
     Balance(F log_p, F log_q) {
         const F gap = log_p - log_q, zero = V::set(0), one = V::set(1);
@@ -213,9 +213,9 @@ struct Balance {
         const auto counts = V::gt(high, zero), teachers = V::gt(gap, zero);
         F below = V::keep(counts, -V::abs(gap)), near = below;  // each call clamps its own
         const F drop = expm1_clamped(V(), near), ratio = drop + one;
-        divergence = V::keep(counts, high * drop * below);
+        value = V::keep(counts, high * drop * below);
         const F students_less = V::keep(V::gt(ratio, zero), ratio * ratio * below);  // 0 times −inf
-        tilt = V::keep(counts, high * V::select(teachers, students_less, -below) / (one + ratio));
+        slope = V::keep(counts, high * V::select(teachers, students_less, -below) / (one + ratio));
     }
 };
 
@@ -230,30 +230,17 @@ void add_powers(double* sums, const typename V::S* t, const typename V::S* z, in
     sums[0] += V::sum(lack);
 }
 
-// Σ |p − q| and Σ q·sign(q − p) of a piece, added to the first and last of `sums`.
-template <class V>
-void add_distance(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse) {
-    auto distance = V::set(0), signs = distance;
+// Σ value and Σ slope of a piece, added to the first and last of `sums`.
+template <class V, class Entry>
+void add_entries(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse) {
+    auto value = V::set(0), slope = value;
     for (int64_t c = 0; c < n; c += V::width) {
-        const Apart<V> at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
-        distance = distance + at.distance;
-        signs = signs + at.signed_q;
+        const Entry at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
+        value = value + at.value;
+        slope = slope + at.slope;
     }
-    sums[0] += V::sum(distance);
-    sums[3] += V::sum(signs);
-}
-
-// Σ (p − q)·log(p/q) and Σ q·r·log(q/p) of a piece, added to the first and last of `sums`.
-template <class V>
-void add_balance(double* sums, const typename V::S* t, const typename V::S* z, int64_t n, const TwoParts<V>& teacher_lse, const TwoParts<V>& lse) {
-    auto divergence = V::set(0), tilt = divergence;
-    for (int64_t c = 0; c < n; c += V::width) {
-        const Balance<V> at(teacher_lse.before(V::load(t + c)), lse.before(V::load(z + c)));
-        divergence = divergence + at.divergence;
-        tilt = tilt + at.tilt;
-    }
-    sums[0] += V::sum(divergence);
-    sums[3] += V::sum(tilt);
+    sums[0] += V::sum(value);
+    sums[3] += V::sum(slope);
 }
 
 // Σ p·log p/m, Σ q·log q/m, Σ p·r and Σ q·r of a piece, added to `sums`.
@@ -335,8 +322,8 @@ void pair_rows(const PairStats& a, Scratch& s, int64_t begin, int64_t end) {
             fill<V>(z, a.dtype, a.logits, r, c, n, a.head);
             if (a.second == Second::mixture) add_mixture<V>(out + 7, t, z, n, before_p, before_q, w);
             else if (a.second == Second::power) powers(out + 7, t, z, n, before_p, before_q, w);
-            else if (a.second == Second::distance) add_distance<V>(out + 7, t, z, n, before_p, before_q);
-            else add_balance<V>(out + 7, t, z, n, before_p, before_q);
+            else if (a.second == Second::distance) add_entries<V, Apart<V>>(out + 7, t, z, n, before_p, before_q);
+            else add_entries<V, Balance<V>>(out + 7, t, z, n, before_p, before_q);
         }
     }
 }
@@ -385,8 +372,8 @@ struct PairGradient {
             q = m.q;
         } else {
             if constexpr (second == Second::power) found = f * powers.at(dt, dz);
-            if constexpr (second == Second::distance) found = f * Apart<V>(dt, dz).signed_q;
-            if constexpr (second == Second::balance) found = f * Balance<V>(dt, dz).tilt;
+            if constexpr (second == Second::distance) found = f * Apart<V>(dt, dz).slope;
+            if constexpr (second == Second::balance) found = f * Balance<V>(dt, dz).slope;
             q = exp_clamped(V(), dz);
             p = exp_clamped(V(), dt);
         }
